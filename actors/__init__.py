@@ -1,0 +1,1 @@
+"""Ray shells: each actor method is one hop to an engine. Nothing here decides."""

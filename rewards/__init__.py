@@ -1,0 +1,1 @@
+"""Reward plug-ins that ship with rlorch."""

@@ -1,0 +1,1 @@
+"""The async heart of a run: ledger, batching, prompt source, coordinator, evaluation."""

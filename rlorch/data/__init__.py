@@ -1,0 +1,1 @@
+"""Dataset rows from JSONL, datasets and reasoning_gym."""

@@ -1,0 +1,1 @@
+"""torch and vLLM: policy trainer, reference, samplers. Synchronous; no event loop, no Ray, no HTTP."""

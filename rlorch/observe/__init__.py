@@ -1,0 +1,1 @@
+"""What a run shows: metrics, trace, console, report, and the sinks they go to."""

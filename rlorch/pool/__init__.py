@@ -1,0 +1,1 @@
+"""Many sampler replicas as one: admission, routing, adaptive concurrency, retries."""

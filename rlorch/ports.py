@@ -1,0 +1,235 @@
+"""Every port of rlorch, on one page: what the coordinator may ask of the world.
+
+Implementations: `rlorch.local` (this process), `actors` (Ray), `rlorch.sim` (virtual time); the stores and
+the journal are files (`rlorch.weights`, `rlorch.checkpoint`, `rlorch.journal`). One contract suite per port,
+in tests/contracts, runs over all of them.
+
+Values go in and values come out (`rlorch.types`): no port returns a handle. A method that a caller may repeat
+after a lost answer says "idempotent". Every call of a remote implementation has a deadline and ends in
+`DeadlineError` or `ReplicaLostError` rather than hang.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from rlorch.types import (
+    AdamParams,
+    Batch,
+    CommitReport,
+    Completion,
+    Datum,
+    EngineStats,
+    Floats,
+    ForwardResult,
+    Group,
+    LossSpec,
+    Manifest,
+    Normalization,
+    Rollout,
+    SamplingParams,
+    StepResult,
+    Tokens,
+    Verdict,
+)
+
+
+class Trainer(Protocol):
+    """The policy: weights, gradients, optimizer. Calls run one at a time, in the order they were made."""
+
+    async def forward(self, datums: Sequence[Datum]) -> ForwardResult:
+        """Target log-probabilities under the current weights. Idempotent."""
+        ...
+
+    async def forward_backward(self, datums: Sequence[Datum], loss: LossSpec) -> ForwardResult:
+        """Add the gradient of the loss, *summed* over tokens, to what has been accumulated."""
+        ...
+
+    async def optim_step(self, adam: AdamParams, normalization: Normalization) -> StepResult:
+        """Divide the accumulated gradient by what `normalization` counts, clip, step AdamW, clear; version + 1."""
+        ...
+
+    async def export(self, kind: str) -> Manifest:
+        """Put the current weights' bytes in the weight store, as "anchor", or as "delta" against the bits last
+        marked published (an anchor when there are none). Does not move the head. Idempotent."""
+        ...
+
+    async def published(self, version: int) -> None:
+        """The head moved to the exported `version`: later deltas are made against it. Idempotent."""
+        ...
+
+    async def save(self, path: str) -> Mapping[str, str]:
+        """Write weights, optimizer, version and RNG to the empty directory `path`; digest by file name."""
+        ...
+
+    async def load(self, path: str) -> int:
+        """Read what `save` wrote, all or nothing; returns the version. Drops accumulated gradients. Idempotent."""
+        ...
+
+    async def save_pretrained(self, path: str) -> None:
+        """Write a model directory that transformers and vLLM load, tokenizer included."""
+        ...
+
+
+class Reference(Protocol):
+    """A frozen policy that only scores."""
+
+    async def logprobs(self, datums: Sequence[Datum]) -> tuple[Floats, ...]:
+        """Target log-probabilities, one array of length T per datum. Idempotent."""
+        ...
+
+
+class Sampler(Protocol):
+    """One replica of the policy that generates. It serves only weights whose digest it has checked."""
+
+    async def sample(self, prompt_T: Tokens, params: SamplingParams, request_id: str) -> tuple[Completion, ...]:
+        """`params.n` completions of one prompt, each with behaviour log-probs and version spans.
+
+        A weight commit may land in the middle: generation goes on, and the spans say where. Cancelling this
+        call aborts the request in the engine. Raises `AbortedError` after `abort(request_id)`.
+        """
+        ...
+
+    async def abort(self, request_id: str) -> None:
+        """Stop a request and free what it holds; unknown ids are ignored. Idempotent."""
+        ...
+
+    async def score(self, tokens_T: Tokens) -> Floats:
+        """Log-probabilities of tokens 1..T-1 of a sequence under the current weights: T - 1 values. Idempotent."""
+        ...
+
+    async def load(self, chain: Sequence[Manifest]) -> CommitReport:
+        """Replace all weights by an anchor and the deltas after it, verified. Idempotent."""
+        ...
+
+    async def stage(self, manifest: Manifest) -> None:
+        """Fetch, decode and verify a delta or anchor while serving; hold it for `commit`. Idempotent."""
+        ...
+
+    async def commit(self, version: int) -> CommitReport:
+        """Switch to the staged `version` between two engine steps; verify the live tensors, undo on a mismatch.
+        Requests keep running. Idempotent."""
+        ...
+
+    async def stats(self) -> EngineStats:
+        """The replica's load. Consumes `queue_s`."""
+        ...
+
+
+class RewardWorker(Protocol):
+    """A process that runs reward plug-ins under a budget."""
+
+    async def score(self, rollout: Rollout) -> Verdict:
+        """The verdict, within the worker's own time budget: a slow, crashing or greedy plug-in is killed and
+        becomes a failure verdict. Never raises for what the plug-in does. Idempotent for pure plug-ins."""
+        ...
+
+
+class WeightStore(Protocol):
+    """Published versions: payload bytes, manifests, and one head that only moves forward."""
+
+    async def put(self, key: str, payload: bytes) -> None:
+        """Store bytes durably under a new key, whole or not at all. Idempotent for equal bytes."""
+        ...
+
+    async def get(self, key: str) -> bytes:
+        """The bytes of `key`. Raises `StorageError` when absent."""
+        ...
+
+    async def head(self) -> Manifest | None:
+        """The newest published version."""
+        ...
+
+    async def advance(self, expected: int | None, new: Manifest) -> None:
+        """Make `new` the head if the head is still `expected` (its payload must be there), else `StaleHeadError`.
+        Idempotent."""
+        ...
+
+    async def chain(self, version: int) -> tuple[Manifest, ...]:
+        """The anchor at or before `version` and the deltas up to it, in the order to apply. Raises
+        `ChainBrokenError`."""
+        ...
+
+
+class Journal(Protocol):
+    """The durable record of a run: written before anything depends on it."""
+
+    async def group_done(self, group: Group) -> None:
+        """All rollouts of a group and their verdicts. Idempotent."""
+        ...
+
+    async def group_dropped(self, group_id: int, reason: str, group: Group | None = None) -> None:
+        """A group that will never be trained, and why. Idempotent."""
+        ...
+
+    async def batch_formed(self, batch: Batch) -> None:
+        """Which groups, in which order, the optimizer step to `batch.step + 1` trains. Idempotent."""
+        ...
+
+    async def event(self, kind: str, payload: Mapping[str, Any]) -> None:
+        """Anything else worth keeping: versions published, checkpoints, evaluations, failures."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """What rlorch needs of a tokenizer; transformers' tokenizers are one."""
+
+    eos_token_id: int | None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of token ids."""
+        ...
+
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+        """Render messages by the tokenizer's own template."""
+        ...
+
+
+class Runtime(Protocol):
+    """Starts the roles of one run where they belong and stops them all. It was built from `rlorch.specs`.
+
+    Starting a name again replaces whatever is left of the old one, so a lost replica is restarted by the same call.
+    """
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, in this process."""
+        ...
+
+    def weight_store(self) -> WeightStore:
+        """The store that this run's trainer exports to and its samplers fetch from."""
+        ...
+
+    async def trainer(self) -> Trainer:
+        """Start the policy trainer."""
+        ...
+
+    async def reference(self) -> Reference:
+        """Start the reference: the initial weights, forward only."""
+        ...
+
+    async def sampler(self, name: str) -> Sampler:
+        """Start a sampler replica; it serves after its first `load`."""
+        ...
+
+    async def reward_worker(self, name: str) -> RewardWorker:
+        """Start a reward worker."""
+        ...
+
+    async def stop(self) -> None:
+        """End every process that was started, within a deadline. Idempotent."""
+        ...
+
+
+class MetricSink(Protocol):
+    """Somewhere metrics go. Never blocks and never raises into a run."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One row of scalars, by documented name (`rlorch.observe.metrics`), for one training step."""
+        ...
+
+    def close(self) -> None:
+        """Flush and release."""
+        ...

@@ -1,0 +1,1 @@
+"""Reward plug-ins, the killable worker that runs them, and advantages."""
