@@ -1,0 +1,425 @@
+"""Weights to bytes and back, bit for bit: the payload of an anchor or of a delta.
+
+Pure: arrays in, bytes out. Tensors are *bit views*: unsigned integers of the element's width (uint16 for BF16) with
+the tensor's shape, so NaN payloads and -0.0 are ordinary bits. Deltas are XOR with the base, hence exact and their
+own undo. Little-endian throughout.
+
+Per tensor, the coding that is smaller (TensorEntry.coding):
+
+    same    no bit changed; no bytes
+    sparse  K changed elements: N u16 gaps between changed flat indices, then the K XOR values. A gap of 65535 is an
+            escape: it skips 65535 elements and has no value, so N >= K and indices have no width limit
+    xor     XOR of all elements
+    full    the elements themselves (all tensors of an anchor)
+
+Each stream is stored as byte planes (all low bytes, then all high bytes): a flipped BF16 value is mostly one ulp
+away, so the high plane is almost all zeros, and exponents of `full` are far from uniform (arXiv 2602.03839 and
+others report 1-3% of values changed per step). Below 2% changed, sparse always won in measurement; above it the
+codings are compared by the real compressed size of a sample from the middle of the tensor. A delta uses `full`
+only where it beats `xor` by a fifth, because `full` has no undo.
+
+Payload = magic, u32 frame count, (u64 compressed bytes, u64 raw bytes) per frame, then zstd frames. A frame holds
+whole tensors, at least 4 MiB of raw bytes: `iter_update` therefore decodes with one frame in memory, and frames can
+be decoded in parallel. TensorEntry.offset counts in the concatenation of the raw frames.
+
+Decoding trusts nothing: payload digest first, then every length against the manifest before it is allocated; a zstd
+block of at least 3 bytes gives at most 128 KiB, which bounds raw bytes by payload bytes.
+
+K changed elements, P elements of the tensor, N gaps.
+"""
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Literal
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from rlorch.errors import ChainBrokenError, DigestMismatchError
+from rlorch.types import Manifest, ManifestKind, TensorEntry
+from rlorch.weights.manifest import DTYPE_BYTES, digest, payload_key, state_digest, tensor_bytes
+
+__all__ = ["TensorUpdate", "apply_update", "decode_update", "digest", "encode_update", "iter_update"]
+
+Bits = NDArray[np.unsignedinteger[Any]]
+Coding = Literal["same", "full", "xor", "sparse"]
+
+MAGIC = b"RLW1"
+FRAME_BYTES = 4 << 20
+"""Raw bytes after which a frame closes: large enough for zstd, small enough to stream."""
+SURELY_SPARSE = 0.02
+"""Changed fraction below which sparse is smaller than xor in every measurement (benchmarks/delta_codec.py)."""
+SURELY_DENSE = 0.5
+"""Changed fraction above which sparse cannot win: its gaps alone cost more than the zero bytes they save."""
+FULL_MARGIN = 0.8
+"""A delta takes `full` only below this share of the size of `xor`."""
+SAMPLE_ELEMENTS = 1 << 16
+_ESCAPE = 0xFFFF
+_MAX_RAW_PER_BLOCK = 128 << 10
+_SCAN_ELEMENTS = 1 << 18
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorUpdate:
+    """One changed tensor of an update; exactly one of `full`, `xor_dense` and `index_K` is set.
+
+    `digest` is that of the tensor after the update. Arrays are bit views of the tensor's width: `full` and
+    `xor_dense` have its shape; `index_K` are flat int64 indices, increasing, and `xor_K` what to XOR there.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+    full: Bits | None = None
+    xor_dense: Bits | None = None
+    index_K: NDArray[np.int64] | None = None
+    xor_K: Bits | None = None
+
+
+# --- encode -----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Writer:
+    """Gathers the raw bytes of tensors into zstd frames."""
+
+    compressor: zstandard.ZstdCompressor
+    raw_total: int = 0
+    pending: bytearray = field(default_factory=bytearray)
+    frames: list[bytes] = field(default_factory=list[bytes])
+    raw_sizes: list[int] = field(default_factory=list[int])
+
+    def add(self, raw: bytes) -> tuple[int, int]:
+        """Append one tensor's bytes; returns their (offset, length)."""
+        offset = self.raw_total
+        self.pending += raw
+        self.raw_total += len(raw)
+        if len(self.pending) >= FRAME_BYTES:
+            self.flush()
+        return offset, len(raw)
+
+    def flush(self) -> None:
+        """Close the frame."""
+        if self.pending:
+            self.frames.append(self.compressor.compress(self.pending))
+            self.raw_sizes.append(len(self.pending))
+            self.pending = bytearray()
+
+    def payload(self) -> bytes:
+        """The whole payload."""
+        self.flush()
+        sizes = [struct.pack("<QQ", len(f), raw) for f, raw in zip(self.frames, self.raw_sizes, strict=True)]
+        return b"".join([MAGIC, struct.pack("<I", len(self.frames)), *sizes, *self.frames])
+
+
+def encode_update(
+    *,
+    version: int,
+    kind: ManifestKind,
+    base_version: int | None,
+    base: Mapping[str, Bits] | None,
+    new: Mapping[str, Bits],
+    dtypes: Mapping[str, str],
+    zstd_level: int = 1,
+) -> tuple[Manifest, bytes]:
+    """Encode `new`, whole (an anchor) or against `base` (a delta).
+
+    Args:
+        version: the version of `new`.
+        kind: "anchor" ignores `base` and `base_version`.
+        base_version: the version of `base`.
+        base: bit views of the last published tensors.
+        new: bit views of the tensors, by name, in the order of the manifest.
+        dtypes: dtype of each tensor, by safetensors or torch name (`rlorch.weights.manifest.DTYPE_BYTES`).
+        zstd_level: 1 is fastest; more costs time for a few percent.
+
+    Returns:
+        The manifest and the payload to store under `manifest.payload`. Equal inputs give equal bytes.
+
+    Raises:
+        ValueError: `new` does not match `dtypes`, or (delta) has other tensors, shapes or widths than `base`: those
+            changes need an anchor.
+    """
+    _check_inputs(kind, version, base_version, base, new, dtypes)
+    compressor = zstandard.ZstdCompressor(level=zstd_level)
+    writer = _Writer(compressor)
+    entries: list[TensorEntry] = []
+    for name, bits in new.items():
+        flat_P = np.ascontiguousarray(bits).reshape(-1)
+        if kind == "anchor" or base is None:
+            coding, raw, changed = "full", _to_planes(flat_P), flat_P.size
+        else:
+            coding, raw, changed = _encode_tensor(np.ascontiguousarray(base[name]).reshape(-1), flat_P, compressor)
+        offset, length = writer.add(raw)
+        entries.append(
+            TensorEntry(name, dtypes[name], tuple(bits.shape), digest(flat_P), coding, offset, length, changed)
+        )
+    payload = writer.payload()
+    payload_digest = digest(payload)
+    manifest = Manifest(
+        version=version,
+        kind=kind,
+        base_version=None if kind == "anchor" else base_version,
+        digest=state_digest(entries),
+        payload=payload_key(version, kind, payload_digest),
+        payload_digest=payload_digest,
+        payload_bytes=len(payload),
+        full_bytes=sum(bits.nbytes for bits in new.values()),
+        tensors=tuple(entries),
+    )
+    return manifest, payload
+
+
+def _check_inputs(
+    kind: ManifestKind,
+    version: int,
+    base_version: int | None,
+    base: Mapping[str, Bits] | None,
+    new: Mapping[str, Bits],
+    dtypes: Mapping[str, str],
+) -> None:
+    for name, bits in new.items():
+        width = DTYPE_BYTES.get(dtypes.get(name, ""))
+        if width is None:
+            raise ValueError(f"tensor {name!r} has dtype {dtypes.get(name)!r}; known: {[*DTYPE_BYTES]}")
+        if bits.dtype != _UNSIGNED[width]:
+            raise ValueError(f"{name!r} ({dtypes[name]}) must come as {_UNSIGNED[width].__name__}, not {bits.dtype}")
+    if kind == "anchor":
+        return
+    if base is None or base_version is None:
+        raise ValueError(f"a delta to version {version} needs a base and its version; encode an anchor instead")
+    if base_version >= version:
+        raise ValueError(f"a delta goes forward, not from version {base_version} to {version}")
+    if base.keys() != new.keys():
+        odd = sorted(base.keys() ^ new.keys())[:5]
+        raise ValueError(f"tensors were added or removed since version {base_version} ({odd}): an anchor is needed")
+    for name, bits in new.items():
+        old = base[name]
+        if old.shape != bits.shape or old.dtype != bits.dtype:
+            raise ValueError(
+                f"{name!r} was {old.dtype}{old.shape} in version {base_version} and is {bits.dtype}{bits.shape}: "
+                "an anchor is needed"
+            )
+
+
+def _encode_tensor(old_P: Bits, new_P: Bits, compressor: zstandard.ZstdCompressor) -> tuple[Coding, bytes, int]:
+    """The smallest coding of a tensor, its raw bytes, and the number of changed elements."""
+    index_K = changed_indices(old_P, new_P)
+    if not index_K.size:
+        return "same", b"", 0
+    coding = _choose(old_P, new_P, index_K.size, compressor)
+    if coding == "sparse":
+        raw = _sparse_bytes(index_K, old_P[index_K] ^ new_P[index_K])
+    else:
+        raw = _to_planes(new_P if coding == "full" else old_P ^ new_P)
+    return coding, raw, index_K.size
+
+
+def _choose(old_P: Bits, new_P: Bits, changed: int, compressor: zstandard.ZstdCompressor) -> Coding:
+    """Which coding is smallest, by the changed share and, where that is not decisive, by compressing a sample."""
+    if changed < SURELY_SPARSE * new_P.size and new_P.size > SAMPLE_ELEMENTS:
+        return "sparse"
+    start = max(0, (new_P.size - SAMPLE_ELEMENTS) // 2)
+    old_S, new_S = old_P[start : start + SAMPLE_ELEMENTS], new_P[start : start + SAMPLE_ELEMENTS]
+    xor_S = old_S ^ new_S
+    xor_size = len(compressor.compress(_to_planes(xor_S)))
+    if changed <= SURELY_DENSE * new_P.size:
+        index_K = np.flatnonzero(xor_S)
+        sparse_size = len(compressor.compress(_sparse_bytes(index_K, xor_S[index_K])))
+        return "sparse" if sparse_size <= xor_size else "xor"
+    return "full" if len(compressor.compress(_to_planes(new_S))) < FULL_MARGIN * xor_size else "xor"
+
+
+def changed_indices(old_P: Bits, new_P: Bits) -> NDArray[np.int64]:
+    """Flat indices where two 1-D bit views differ, increasing. Reads each once, a cache-sized block at a time."""
+    found = [
+        np.flatnonzero(old_P[start : start + _SCAN_ELEMENTS] != new_P[start : start + _SCAN_ELEMENTS]) + start
+        for start in range(0, new_P.size, _SCAN_ELEMENTS)
+    ]
+    return np.concatenate(found) if found else np.empty(0, np.int64)
+
+
+def _sparse_bytes(index_K: NDArray[np.int64], xor_K: Bits) -> bytes:
+    gap_K = np.diff(index_K, prepend=-1) - 1
+    escapes_K = gap_K // _ESCAPE
+    num_escapes = int(escapes_K.sum())
+    if num_escapes:
+        gap_N = np.full(gap_K.size + num_escapes, _ESCAPE, np.uint16)
+        gap_N[np.cumsum(escapes_K + 1) - 1] = gap_K % _ESCAPE
+    else:
+        gap_N = gap_K.astype(np.uint16)
+    return _to_planes(gap_N) + _to_planes(xor_K)
+
+
+def _to_planes(bits_P: Bits) -> bytes:
+    """The byte planes of a 1-D array: all lowest bytes first."""
+    return bits_P.view(np.uint8).reshape(bits_P.size, bits_P.itemsize).T.tobytes()
+
+
+# --- decode -----------------------------------------------------------------------------------------------
+
+
+def decode_update(manifest: Manifest, payload: bytes) -> list[TensorUpdate]:
+    """All changed tensors of a payload, verified as far as possible without the base. See `iter_update`."""
+    return list(iter_update(manifest, payload))
+
+
+def iter_update(manifest: Manifest, payload: bytes) -> Iterator[TensorUpdate]:
+    """Decode a payload tensor by tensor, with one frame in memory; unchanged tensors are left out.
+
+    Raises:
+        DigestMismatchError: the payload or its manifest is not what was published: digests, lengths or contents
+            disagree. Tensors yielded before it must be discarded.
+    """
+    if len(payload) != manifest.payload_bytes or digest(payload) != manifest.payload_digest:
+        raise _malformed(manifest, f"{len(payload)} bytes with digest {digest(payload)} came, "
+                         f"not {manifest.payload_bytes} with {manifest.payload_digest}")  # fmt: skip
+    if state_digest(manifest.tensors) != manifest.digest:
+        raise _malformed(manifest, "its tensor entries do not have its digest")
+    frames = _frames(manifest, payload)
+    raw, start, stop = memoryview(b""), 0, 0
+    for entry in manifest.tensors:
+        _check_entry(manifest, entry)
+        if not entry.length:
+            if entry.coding == "full":
+                yield _decode_tensor(manifest, entry, memoryview(b""))
+            continue
+        if entry.offset == stop:
+            raw = next(frames, memoryview(b""))
+            start, stop = stop, stop + len(raw)
+        if entry.offset < start or entry.offset + entry.length > stop:
+            raise _malformed(manifest, f"tensor {entry.name!r} is not inside one frame")
+        yield _decode_tensor(manifest, entry, raw[entry.offset - start : entry.offset - start + entry.length])
+    if next(frames, None) is not None:
+        raise _malformed(manifest, "it has frames that belong to no tensor")
+
+
+def _malformed(manifest: Manifest, what: str) -> DigestMismatchError:
+    return DigestMismatchError(
+        f"payload {manifest.payload!r} of version {manifest.version}: {what}; fetch it again or re-seed from an anchor"
+    )
+
+
+def _frames(manifest: Manifest, payload: bytes) -> Iterator[memoryview]:
+    """The raw bytes of each frame, in order."""
+    if payload[:4] != MAGIC or len(payload) < 8:
+        raise _malformed(manifest, f"it starts with {payload[:4]!r}, not {MAGIC!r}")
+    (num_frames,) = struct.unpack_from("<I", payload, 4)
+    position = 8 + 16 * num_frames
+    if position > len(payload):
+        raise _malformed(manifest, f"it is too short for {num_frames} frames")
+    decompressor = zstandard.ZstdDecompressor()
+    view = memoryview(payload)
+    for number in range(num_frames):
+        size, raw_size = struct.unpack_from("<QQ", payload, 8 + 16 * number)
+        frame = view[position : position + size]
+        position += size
+        if position > len(payload) or raw_size > (size // 3 + 1) * _MAX_RAW_PER_BLOCK:
+            raise _malformed(manifest, f"frame {number} cannot hold {raw_size} bytes in {size}")
+        try:
+            if zstandard.get_frame_parameters(frame).content_size != raw_size:
+                raise _malformed(manifest, f"frame {number} does not hold {raw_size} bytes")
+            raw = decompressor.decompress(frame, max_output_size=raw_size, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise _malformed(manifest, f"frame {number} does not decompress ({error})") from None
+        if not raw or len(raw) != raw_size:
+            raise _malformed(manifest, f"frame {number} gave {len(raw)} bytes, not {raw_size}")
+        yield memoryview(raw)
+    if position != len(payload):
+        raise _malformed(manifest, f"{len(payload) - position} bytes follow the last frame")
+
+
+def _check_entry(manifest: Manifest, entry: TensorEntry) -> None:
+    """Lengths must follow from coding, shape and changed count, before anything is allocated for them."""
+    elements, total = prod(entry.shape), tensor_bytes(entry)
+    if entry.coding == "sparse":
+        gap_bytes = entry.length - entry.changed * DTYPE_BYTES[entry.dtype]
+        fits = 0 < entry.changed <= elements and gap_bytes % 2 == 0 and gap_bytes // 2 >= entry.changed
+    elif entry.coding == "same":
+        fits = entry.length == 0 == entry.changed
+    else:
+        fits = entry.length == total and 0 <= entry.changed <= elements
+    if manifest.kind == "anchor" and entry.coding != "full":
+        fits = False
+    if not fits or min(entry.shape, default=0) < 0:
+        raise _malformed(manifest, f"tensor {entry.name!r} ({entry.coding}, {entry.shape}, {entry.changed} changed) "
+                         f"cannot take {entry.length} bytes")  # fmt: skip
+
+
+def _decode_tensor(manifest: Manifest, entry: TensorEntry, raw: memoryview) -> TensorUpdate:
+    width = DTYPE_BYTES[entry.dtype]
+    if entry.coding == "sparse":
+        num_gaps = (entry.length - entry.changed * width) // 2
+        index_K = _gaps_to_indices(manifest, entry, _from_planes(raw[: 2 * num_gaps], 2))
+        xor_K = _from_planes(raw[2 * num_gaps :], width)
+        if not xor_K.all():
+            raise _malformed(manifest, f"tensor {entry.name!r} lists an element that does not change")
+        return TensorUpdate(entry.name, entry.dtype, entry.shape, entry.digest, index_K=index_K, xor_K=xor_K)
+    bits = _from_planes(raw, width).reshape(entry.shape)
+    if entry.coding == "xor":
+        return TensorUpdate(entry.name, entry.dtype, entry.shape, entry.digest, xor_dense=bits)
+    if digest(bits) != entry.digest:
+        raise _malformed(manifest, f"tensor {entry.name!r} has digest {digest(bits)}, not {entry.digest}")
+    return TensorUpdate(entry.name, entry.dtype, entry.shape, entry.digest, full=bits)
+
+
+def _gaps_to_indices(manifest: Manifest, entry: TensorEntry, gap_N: Bits) -> NDArray[np.int64]:
+    is_value_N = gap_N != _ESCAPE
+    ends_N = np.cumsum(gap_N + is_value_N.astype(np.int64), dtype=np.int64)
+    if np.count_nonzero(is_value_N) != entry.changed or not is_value_N[-1] or ends_N[-1] > prod(entry.shape):
+        raise _malformed(manifest, f"tensor {entry.name!r} has gaps that do not give {entry.changed} indices below "
+                         f"{prod(entry.shape)}")  # fmt: skip
+    return (ends_N if ends_N.size == entry.changed else ends_N[is_value_N]) - 1
+
+
+def _from_planes(raw: memoryview, width: int) -> Bits:
+    """The inverse of `_to_planes`."""
+    planes = np.frombuffer(raw, np.uint8).reshape(width, len(raw) // width)
+    return np.ascontiguousarray(planes.T).view(_UNSIGNED[width]).reshape(-1)
+
+
+# --- apply ------------------------------------------------------------------------------------------------
+
+
+def apply_update(base: Mapping[str, Bits] | None, updates: Sequence[TensorUpdate]) -> dict[str, Bits]:
+    """The reference receiver: the state after `updates`, each touched tensor checked against its digest.
+
+    `base` is not changed; None stands for no weights yet. Engines do the same in place, faster.
+
+    Raises:
+        ChainBrokenError: an update needs a tensor that `base` lacks or that has another shape or width.
+        DigestMismatchError: a tensor is not what was published; the base was not the version it should be.
+    """
+    state = dict(base or {})
+    for update in updates:
+        after = _apply_tensor(state.get(update.name), update)
+        if digest(after) != update.digest:
+            raise DigestMismatchError(
+                f"tensor {update.name!r} has digest {digest(after)} after the update, not {update.digest}: "
+                "the weights held are not the delta's base; re-seed from the newest anchor"
+            )
+        state[update.name] = after
+    return state
+
+
+def _apply_tensor(old: Bits | None, update: TensorUpdate) -> Bits:
+    if update.full is not None:
+        return update.full.reshape(update.shape)
+    if old is None or old.shape != update.shape or old.itemsize != DTYPE_BYTES[update.dtype]:
+        held = "nothing" if old is None else f"{old.dtype}{old.shape}"
+        raise ChainBrokenError(
+            f"a delta of {update.name!r} ({update.dtype}{update.shape}) cannot apply to {held}: re-seed from an anchor"
+        )
+    if update.xor_dense is not None:
+        return old ^ update.xor_dense
+    assert update.index_K is not None, f"{update.name}: an update without content"
+    assert update.xor_K is not None, f"{update.name}: indices without values"
+    after = np.array(old, order="C")
+    flat_P = after.reshape(-1)
+    flat_P[update.index_K] ^= update.xor_K
+    return after
