@@ -1,0 +1,168 @@
+"""The registry of metrics: every name that rlorch writes, with its unit and meaning.
+
+Owns the names. A name that is not here is a mistake, and `check` says which one was probably meant. Families
+(`drop/<reason>`) stand for names whose last part depends on the run. `python -m rlorch.observe.metrics` prints the
+page docs/METRICS.md.
+
+Names end in their unit where they have one (`_s`, `_bytes`, `_tokens`, `_fraction`); a row of metrics belongs to one
+optimizer step (`rlorch.ports.MetricSink`).
+"""
+
+import difflib
+import re
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One documented number. `unit` is "1" for plain ratios and scores."""
+
+    name: str
+    unit: str
+    meaning: str
+
+
+GROUPS: dict[str, str] = {
+    "rollout": "The groups of the batch that the step trained on, and what was filtered out before it.",
+    "reward": "The named parts of a combined reward.",
+    "train": "The optimizer step.",
+    "loss": "Numbers that a loss reports about itself.",
+    "async": "How far sampling runs from training.",
+    "perf": "Where the time and the bytes went.",
+    "pool": "The samplers, all replicas together, and each replica by name.",
+    "drop": "Groups that were admitted but not trained, by reason.",
+    "eval": "Held-out prompts.",
+}
+
+_TABLE = """
+rollout/reward_mean | 1 | mean reward of the rollouts in the batch
+rollout/reward_std | 1 | standard deviation of those rewards
+rollout/reward_raw_mean | 1 | mean reward of every scored rollout since the last step, before groups are filtered out:
+    the curve to judge learning by
+rollout/completion_tokens_mean | tokens | sampled tokens per rollout, mean
+rollout/completion_tokens_max | tokens | sampled tokens per rollout, largest
+rollout/truncated_fraction | 1 | share of rollouts that ended at the token limit
+rollout/groups_degenerate_fraction | 1 | share of finished groups whose rewards are all equal, so that they carry no
+    gradient
+rollout/failures | count | rollouts since the last step whose verdict is a failure
+rollout/<failure>_failures | count | those failures by kind: timeout, memory, crash, raised, invalid, environment
+reward/<part> | 1 | mean of one named part of the reward, over the batch
+train/loss | 1 | the loss, normalised as the gradient is
+train/grad_norm | 1 | global gradient norm before clipping
+train/learning_rate | 1 | learning rate of the step
+train/num_loss_tokens | tokens | tokens that the loss counted (mask > 0)
+train/num_sequences | count | training rows of the step
+train/kl_behaviour | nats | mean over loss tokens of behaviour minus trained log-probability: how far the policy has
+    moved since sampling
+train/ref_kl | nats | KL divergence to the reference policy (estimator k3), mean per loss token
+train/ratio_mean | 1 | mean importance ratio, trained over behaviour probability
+train/ratio_max | 1 | largest importance ratio
+train/clip_fraction | 1 | share of loss tokens whose ratio was clipped
+train/tis_truncated_fraction | 1 | share of loss tokens whose importance weight was truncated or masked by the
+    off-policy correction
+train/entropy | nats | mean entropy of the policy over loss tokens (estimated from sampled tokens where the exact
+    value is not computed)
+train/version | steps | optimizer steps applied, this one included
+loss/<name> | 1 | a number that the configured loss reports under its own name
+async/staleness_mean | steps | trainer version at use minus the oldest version that sampled, mean over rollouts
+async/staleness_max | steps | the largest of them; never above max_staleness
+async/staleness_<n> | 1 | share of the batch's rollouts with staleness n
+async/version_spans_mean | count | versions that sampled one completion, mean: above 1 where weights changed in flight
+async/slots_alive | count | groups between admission and the weight pull
+async/groups_waiting | count | finished groups that wait for a batch: pinned at 0, the samplers are the bottleneck
+perf/elapsed_s | s | wall time since the run (or its resumption) started
+perf/step_s | s | wall time of the step, from one batch to the next
+perf/wait_groups_s | s | the trainer waited for groups
+perf/reference_s | s | reference log-probabilities
+perf/forward_backward_s | s | forward and backward passes
+perf/optim_s | s | optimizer step
+perf/publish_s | s | export, encode and store the new version, until the head moved
+perf/sync_pause_s | s | the longest pause of a replica to commit the new version; requests stay in it
+perf/sync_stage_s | s | the longest fetch, decode and check of the new version, while serving
+perf/delta_bytes | bytes | what the published version put on the wire
+perf/full_bytes | bytes | what it would have put there without deltas
+perf/delta_ratio | 1 | delta_bytes / full_bytes
+perf/changed_fraction | 1 | share of served weight values whose bits changed
+perf/tokens_per_s | tokens/s | sampled tokens per second of wall time, all replicas
+perf/trainer_busy_fraction | 1 | share of the step's wall time in which the trainer computed
+perf/sampler_busy_fraction | 1 | share of the step's wall time with at least one request in a replica, mean over
+    replicas
+pool/window | count | requests that the pool lets in at once: the sum of the replicas' windows
+pool/running | count | sequences being decoded
+pool/queued | count | requests that wait for the window or in an engine
+pool/queue_s_mean | s | wait in the engine before prefill, mean of the requests finished since the last step
+pool/<replica>_window | count | one replica's window
+pool/<replica>_running | count | sequences that one replica decodes
+pool/<replica>_queued | count | requests that wait for one replica
+drop/<reason> | count | groups dropped for this reason, since the run started
+eval/accuracy_sampled | 1 | mean reward on held-out prompts, sampled at the training temperature
+eval/accuracy_greedy | 1 | mean reward on held-out prompts, greedy
+eval/prompts | count | held-out prompts
+eval/version | steps | version that was evaluated
+eval/seconds | s | wall time of the evaluation
+"""
+
+
+def _parse(table: str) -> dict[str, Metric]:
+    joined = table.strip().replace("\n    ", " ")  # an indented line continues the one above
+    rows = (tuple(cell.strip() for cell in line.split("|")) for line in joined.splitlines())
+    return {name: Metric(name, unit, meaning) for name, unit, meaning in rows}
+
+
+METRICS: dict[str, Metric] = _parse(_TABLE)
+"""Every metric by name; names with `<...>` are families."""
+
+_PLACEHOLDER = re.compile(r"<\w+>")
+_VALUES = {"<n>": r"\d+", "<failure>": r"(timeout|memory|crash|raised|invalid|environment)"}
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    parts = _PLACEHOLDER.split(name)
+    found = _PLACEHOLDER.findall(name)
+    text = re.escape(parts[0])
+    for placeholder, part in zip(found, parts[1:], strict=True):
+        text += _VALUES.get(placeholder, r"[\w.:-]+") + re.escape(part)
+    return re.compile(text)
+
+
+_FAMILIES: dict[str, re.Pattern[str]] = {name: _pattern(name) for name in METRICS if "<" in name}
+
+
+def find(name: str) -> Metric | None:
+    """The metric that `name` is, or the family it belongs to; None when it is not documented."""
+    if name in _FAMILIES:
+        return None
+    exact = METRICS.get(name)
+    if exact:
+        return exact
+    return next((METRICS[family] for family, pattern in _FAMILIES.items() if pattern.fullmatch(name)), None)
+
+
+def check(name: str) -> None:
+    """Raise ValueError for a name that is not documented, naming the nearest one that is."""
+    if find(name):
+        return
+    near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
+    raise ValueError(f"{name!r} is not a documented metric; the nearest is {near!r} (add it to rlorch.observe.metrics)")
+
+
+def markdown() -> str:
+    """The registry as the page docs/METRICS.md."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated by `python -m rlorch.observe.metrics > docs/METRICS.md`; do not edit.",
+        "",
+        "One row of `metrics.jsonl` per optimizer step holds these names; TensorBoard and W&B get the same ones.",
+        "`<...>` stands for a name that depends on the run.",
+    ]
+    for group, about in GROUPS.items():
+        lines += ["", f"## {group}/", "", about, "", "| name | unit | meaning |", "|---|---|---|"]
+        members = (metric for metric in METRICS.values() if metric.name.startswith(f"{group}/"))
+        lines += [f"| `{metric.name}` | {metric.unit} | {metric.meaning} |" for metric in members]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())
