@@ -20,31 +20,41 @@ class Spec(BaseModel):
 class TrainerSpec(Spec):
     """The policy trainer. Master weights and optimizer state are always float32."""
 
-    device: str = Field("auto", description="torch device; auto: cuda where there is one, else cpu")
-    compute_dtype: Dtype = Field("auto", description="forward and backward; auto: bfloat16 on cuda, float32 on cpu")
-    serve_dtype: Dtype = Field("auto", description="what samplers get; auto: bfloat16")
-    micro_batch_tokens: int = Field(8192, ge=1, description="tokens per micro-batch, padding included")
-    logprob_chunk_tokens: int = Field(1024, ge=1, description="positions whose logits exist at once")
-    activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    threads: int | None = Field(None, ge=1, description="torch CPU threads; default: cores left after the samplers")
+    device: str = Field(default="auto", description="torch device; auto: cuda where there is one, else cpu")
+    compute_dtype: Dtype = Field(
+        default="auto", description="forward and backward; auto: bfloat16 on cuda, float32 on cpu"
+    )
+    serve_dtype: Dtype = Field(default="auto", description="what samplers get; auto: bfloat16")
+    micro_batch_tokens: int = Field(default=8192, ge=1, description="tokens per micro-batch, padding included")
+    logprob_chunk_tokens: int = Field(default=1024, ge=1, description="positions whose logits exist at once")
+    activation_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    threads: int | None = Field(
+        default=None, ge=1, description="torch CPU threads; default: cores left after the samplers"
+    )
     seed: int = 0
 
 
 class SamplerSpec(Spec):
     """The sampler replicas."""
 
-    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="auto: vllm where it is installed")
-    replicas: int = Field(1, ge=1)
-    device: str = Field("auto", description="torch device of the transformers engine; auto: cuda where there is one")
-    max_model_len: int = Field(4096, ge=2, description="prompt plus completion, tokens")
-    max_num_seqs: int = Field(256, ge=1, description="sequences decoded at once by one replica")
-    tensor_parallel: int = Field(1, ge=1, description="GPUs per replica")
-    gpu_memory_fraction: float = Field(0.85, gt=0, lt=1, description="share of a GPU's memory that vLLM may take")
-    cpu_kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB")
-    enforce_eager: bool | None = Field(None, description="no CUDA graphs; default: only on CPU")
-    threads: int = Field(1, ge=1, description="CPU threads per replica")
-    start_timeout_s: float = Field(300.0, gt=0)
-    request_timeout_s: float = Field(600.0, gt=0)
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        default="auto", description="auto: vllm where it is installed"
+    )
+    replicas: int = Field(default=1, ge=1)
+    device: str = Field(
+        default="auto", description="torch device of the transformers engine; auto: cuda where there is one"
+    )
+    max_model_len: int = Field(default=4096, ge=2, description="prompt plus completion, tokens")
+    max_num_seqs: int = Field(default=256, ge=1, description="sequences decoded at once by one replica")
+    tensor_parallel: int = Field(default=1, ge=1, description="GPUs per replica")
+    gpu_memory_fraction: float = Field(
+        default=0.85, gt=0, lt=1, description="share of a GPU's memory that vLLM may take"
+    )
+    cpu_kv_cache_gib: float = Field(default=1.0, gt=0, description="KV cache on CPU, GiB")
+    enforce_eager: bool | None = Field(default=None, description="no CUDA graphs; default: only on CPU")
+    threads: int = Field(default=1, ge=1, description="CPU threads per replica")
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    request_timeout_s: float = Field(default=600.0, gt=0)
     seed: int = 0
 
 
@@ -60,19 +70,34 @@ class RewardSpec(Spec):
     """The reward workers."""
 
     terms: tuple[RewardTerm, ...] = Field(min_length=1)
-    workers: int = Field(1, ge=1)
-    timeout_s: float = Field(30.0, gt=0, description="per rollout; then the worker process is killed")
-    memory_mb: int | None = Field(None, ge=64, description="address space of a worker process; default: no limit")
-    start_timeout_s: float = Field(120.0, gt=0)
+    workers: int = Field(default=1, ge=1)
+    timeout_s: float = Field(default=30.0, gt=0, description="per rollout; then the worker process is killed")
+    memory_mb: int | None = Field(
+        default=None, ge=64, description="address space of a worker process; default: no limit"
+    )
+    start_timeout_s: float = Field(default=120.0, gt=0)
 
 
 class WeightsSpec(Spec):
     """How versions are published."""
 
-    anchor_every: int = Field(20, ge=1, description="versions between anchors")
-    max_chain_fraction: float = Field(2.0, gt=0, description="anchor earlier when the deltas outgrow this share of one")
-    zstd_level: int = Field(1, ge=-7, le=19)
-    keep_anchors: int = Field(2, ge=1, description="older chains are deleted")
-    live_digest_every: int = Field(10, ge=1, description="commits between digests of ALL live tensors")
-    stage_timeout_s: float = Field(300.0, gt=0)
-    commit_timeout_s: float = Field(60.0, gt=0)
+    anchor_every: int = Field(default=20, ge=1, description="versions between anchors")
+    max_chain_fraction: float = Field(
+        default=2.0, gt=0, description="anchor earlier when the deltas outgrow this share of one"
+    )
+    zstd_level: int = Field(default=1, ge=-7, le=19)
+    keep_anchors: int = Field(default=2, ge=1, description="older chains are deleted")
+    live_digest_every: int = Field(default=10, ge=1, description="commits between digests of ALL live tensors")
+    stage_timeout_s: float = Field(default=300.0, gt=0)
+    commit_timeout_s: float = Field(default=60.0, gt=0)
+
+
+class RuntimeSpec(Spec):
+    """Everything a runtime needs to start the roles of one run."""
+
+    model: str = Field(description="directory of the initial policy")
+    run_dir: str = Field(description="seen by every role; holds weights/ and logs/")
+    trainer: TrainerSpec = TrainerSpec()
+    sampler: SamplerSpec = SamplerSpec()
+    rewards: RewardSpec | None = None
+    weights: WeightsSpec = WeightsSpec()
