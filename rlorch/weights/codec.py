@@ -25,26 +25,35 @@ be decoded in parallel. TensorEntry.offset counts in the concatenation of the ra
 Decoding trusts nothing: payload digest first, then every length against the manifest before it is allocated; a zstd
 block of at least 3 bytes gives at most 128 KiB, which bounds raw bytes by payload bytes.
 
-K changed elements, P elements of the tensor, N gaps.
+P elements of a tensor, K changed elements, N gaps, S elements of a sample.
 """
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from rlorch.errors import ChainBrokenError, DigestMismatchError
+from rlorch.errors import DigestMismatchError
 from rlorch.types import Manifest, ManifestKind, TensorEntry
 from rlorch.weights.manifest import DTYPE_BYTES, digest, payload_key, state_digest, tensor_bytes
+from rlorch.weights.planes import (
+    UNSIGNED,
+    Bits,
+    changed_indices,
+    from_planes,
+    gaps_to_indices,
+    indices_to_gaps,
+    to_planes,
+)
+from rlorch.weights.update import TensorUpdate, apply_update
 
 __all__ = ["TensorUpdate", "apply_update", "decode_update", "digest", "encode_update", "iter_update"]
 
-Bits = NDArray[np.unsignedinteger[Any]]
 Coding = Literal["same", "full", "xor", "sparse"]
 
 MAGIC = b"RLW1"
@@ -57,28 +66,7 @@ SURELY_DENSE = 0.5
 FULL_MARGIN = 0.8
 """A delta takes `full` only below this share of the size of `xor`."""
 SAMPLE_ELEMENTS = 1 << 16
-_ESCAPE = 0xFFFF
 _MAX_RAW_PER_BLOCK = 128 << 10
-_SCAN_ELEMENTS = 1 << 18
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TensorUpdate:
-    """One changed tensor of an update; exactly one of `full`, `xor_dense` and `index_K` is set.
-
-    `digest` is that of the tensor after the update. Arrays are bit views of the tensor's width: `full` and
-    `xor_dense` have its shape; `index_K` are flat int64 indices, increasing, and `xor_K` what to XOR there.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    digest: str
-    full: Bits | None = None
-    xor_dense: Bits | None = None
-    index_K: NDArray[np.int64] | None = None
-    xor_K: Bits | None = None
 
 
 # --- encode -----------------------------------------------------------------------------------------------
@@ -90,25 +78,28 @@ class _Writer:
 
     compressor: zstandard.ZstdCompressor
     raw_total: int = 0
-    pending: bytearray = field(default_factory=bytearray)
+    pending: list[bytes] = field(default_factory=list[bytes])
+    pending_bytes: int = 0
     frames: list[bytes] = field(default_factory=list[bytes])
     raw_sizes: list[int] = field(default_factory=list[int])
 
     def add(self, raw: bytes) -> tuple[int, int]:
         """Append one tensor's bytes; returns their (offset, length)."""
         offset = self.raw_total
-        self.pending += raw
+        self.pending.append(raw)
+        self.pending_bytes += len(raw)
         self.raw_total += len(raw)
-        if len(self.pending) >= FRAME_BYTES:
+        if self.pending_bytes >= FRAME_BYTES:
             self.flush()
         return offset, len(raw)
 
     def flush(self) -> None:
         """Close the frame."""
-        if self.pending:
-            self.frames.append(self.compressor.compress(self.pending))
-            self.raw_sizes.append(len(self.pending))
-            self.pending = bytearray()
+        if self.pending_bytes:
+            raw = self.pending[0] if len(self.pending) == 1 else b"".join(self.pending)
+            self.frames.append(self.compressor.compress(raw))
+            self.raw_sizes.append(len(raw))
+            self.pending, self.pending_bytes = [], 0
 
     def payload(self) -> bytes:
         """The whole payload."""
@@ -152,7 +143,7 @@ def encode_update(
     for name, bits in new.items():
         flat_P = np.ascontiguousarray(bits).reshape(-1)
         if kind == "anchor" or base is None:
-            coding, raw, changed = "full", _to_planes(flat_P), flat_P.size
+            coding, raw, changed = "full", to_planes(flat_P), flat_P.size
         else:
             coding, raw, changed = _encode_tensor(np.ascontiguousarray(base[name]).reshape(-1), flat_P, compressor)
         offset, length = writer.add(raw)
@@ -187,8 +178,8 @@ def _check_inputs(
         width = DTYPE_BYTES.get(dtypes.get(name, ""))
         if width is None:
             raise ValueError(f"tensor {name!r} has dtype {dtypes.get(name)!r}; known: {[*DTYPE_BYTES]}")
-        if bits.dtype != _UNSIGNED[width]:
-            raise ValueError(f"{name!r} ({dtypes[name]}) must come as {_UNSIGNED[width].__name__}, not {bits.dtype}")
+        if bits.dtype != UNSIGNED[width]:
+            raise ValueError(f"{name!r} ({dtypes[name]}) must come as {UNSIGNED[width].__name__}, not {bits.dtype}")
     if kind == "anchor":
         return
     if base is None or base_version is None:
@@ -216,7 +207,7 @@ def _encode_tensor(old_P: Bits, new_P: Bits, compressor: zstandard.ZstdCompresso
     if coding == "sparse":
         raw = _sparse_bytes(index_K, old_P[index_K] ^ new_P[index_K])
     else:
-        raw = _to_planes(new_P if coding == "full" else old_P ^ new_P)
+        raw = to_planes(new_P if coding == "full" else old_P ^ new_P)
     return coding, raw, index_K.size
 
 
@@ -227,38 +218,16 @@ def _choose(old_P: Bits, new_P: Bits, changed: int, compressor: zstandard.ZstdCo
     start = max(0, (new_P.size - SAMPLE_ELEMENTS) // 2)
     old_S, new_S = old_P[start : start + SAMPLE_ELEMENTS], new_P[start : start + SAMPLE_ELEMENTS]
     xor_S = old_S ^ new_S
-    xor_size = len(compressor.compress(_to_planes(xor_S)))
+    xor_size = len(compressor.compress(to_planes(xor_S)))
     if changed <= SURELY_DENSE * new_P.size:
         index_K = np.flatnonzero(xor_S)
         sparse_size = len(compressor.compress(_sparse_bytes(index_K, xor_S[index_K])))
         return "sparse" if sparse_size <= xor_size else "xor"
-    return "full" if len(compressor.compress(_to_planes(new_S))) < FULL_MARGIN * xor_size else "xor"
-
-
-def changed_indices(old_P: Bits, new_P: Bits) -> NDArray[np.int64]:
-    """Flat indices where two 1-D bit views differ, increasing. Reads each once, a cache-sized block at a time."""
-    found = [
-        np.flatnonzero(old_P[start : start + _SCAN_ELEMENTS] != new_P[start : start + _SCAN_ELEMENTS]) + start
-        for start in range(0, new_P.size, _SCAN_ELEMENTS)
-    ]
-    return np.concatenate(found) if found else np.empty(0, np.int64)
+    return "full" if len(compressor.compress(to_planes(new_S))) < FULL_MARGIN * xor_size else "xor"
 
 
 def _sparse_bytes(index_K: NDArray[np.int64], xor_K: Bits) -> bytes:
-    gap_K = np.diff(index_K, prepend=-1) - 1
-    escapes_K = gap_K // _ESCAPE
-    num_escapes = int(escapes_K.sum())
-    if num_escapes:
-        gap_N = np.full(gap_K.size + num_escapes, _ESCAPE, np.uint16)
-        gap_N[np.cumsum(escapes_K + 1) - 1] = gap_K % _ESCAPE
-    else:
-        gap_N = gap_K.astype(np.uint16)
-    return _to_planes(gap_N) + _to_planes(xor_K)
-
-
-def _to_planes(bits_P: Bits) -> bytes:
-    """The byte planes of a 1-D array: all lowest bytes first."""
-    return bits_P.view(np.uint8).reshape(bits_P.size, bits_P.itemsize).T.tobytes()
+    return to_planes(indices_to_gaps(index_K)) + to_planes(xor_K)
 
 
 # --- decode -----------------------------------------------------------------------------------------------
@@ -355,71 +324,14 @@ def _decode_tensor(manifest: Manifest, entry: TensorEntry, raw: memoryview) -> T
     width = DTYPE_BYTES[entry.dtype]
     if entry.coding == "sparse":
         num_gaps = (entry.length - entry.changed * width) // 2
-        index_K = _gaps_to_indices(manifest, entry, _from_planes(raw[: 2 * num_gaps], 2))
-        xor_K = _from_planes(raw[2 * num_gaps :], width)
-        if not xor_K.all():
-            raise _malformed(manifest, f"tensor {entry.name!r} lists an element that does not change")
+        index_K = gaps_to_indices(from_planes(raw[: 2 * num_gaps], 2), entry.changed, prod(entry.shape))
+        xor_K = from_planes(raw[2 * num_gaps :], width)
+        if index_K is None or not xor_K.all():
+            raise _malformed(manifest, f"tensor {entry.name!r} does not list {entry.changed} changed elements")
         return TensorUpdate(entry.name, entry.dtype, entry.shape, entry.digest, index_K=index_K, xor_K=xor_K)
-    bits = _from_planes(raw, width).reshape(entry.shape)
+    bits = from_planes(raw, width).reshape(entry.shape)
     if entry.coding == "xor":
         return TensorUpdate(entry.name, entry.dtype, entry.shape, entry.digest, xor_dense=bits)
     if digest(bits) != entry.digest:
         raise _malformed(manifest, f"tensor {entry.name!r} has digest {digest(bits)}, not {entry.digest}")
     return TensorUpdate(entry.name, entry.dtype, entry.shape, entry.digest, full=bits)
-
-
-def _gaps_to_indices(manifest: Manifest, entry: TensorEntry, gap_N: Bits) -> NDArray[np.int64]:
-    is_value_N = gap_N != _ESCAPE
-    ends_N = np.cumsum(gap_N + is_value_N.astype(np.int64), dtype=np.int64)
-    if np.count_nonzero(is_value_N) != entry.changed or not is_value_N[-1] or ends_N[-1] > prod(entry.shape):
-        raise _malformed(manifest, f"tensor {entry.name!r} has gaps that do not give {entry.changed} indices below "
-                         f"{prod(entry.shape)}")  # fmt: skip
-    return (ends_N if ends_N.size == entry.changed else ends_N[is_value_N]) - 1
-
-
-def _from_planes(raw: memoryview, width: int) -> Bits:
-    """The inverse of `_to_planes`."""
-    planes = np.frombuffer(raw, np.uint8).reshape(width, len(raw) // width)
-    return np.ascontiguousarray(planes.T).view(_UNSIGNED[width]).reshape(-1)
-
-
-# --- apply ------------------------------------------------------------------------------------------------
-
-
-def apply_update(base: Mapping[str, Bits] | None, updates: Sequence[TensorUpdate]) -> dict[str, Bits]:
-    """The reference receiver: the state after `updates`, each touched tensor checked against its digest.
-
-    `base` is not changed; None stands for no weights yet. Engines do the same in place, faster.
-
-    Raises:
-        ChainBrokenError: an update needs a tensor that `base` lacks or that has another shape or width.
-        DigestMismatchError: a tensor is not what was published; the base was not the version it should be.
-    """
-    state = dict(base or {})
-    for update in updates:
-        after = _apply_tensor(state.get(update.name), update)
-        if digest(after) != update.digest:
-            raise DigestMismatchError(
-                f"tensor {update.name!r} has digest {digest(after)} after the update, not {update.digest}: "
-                "the weights held are not the delta's base; re-seed from the newest anchor"
-            )
-        state[update.name] = after
-    return state
-
-
-def _apply_tensor(old: Bits | None, update: TensorUpdate) -> Bits:
-    if update.full is not None:
-        return update.full.reshape(update.shape)
-    if old is None or old.shape != update.shape or old.itemsize != DTYPE_BYTES[update.dtype]:
-        held = "nothing" if old is None else f"{old.dtype}{old.shape}"
-        raise ChainBrokenError(
-            f"a delta of {update.name!r} ({update.dtype}{update.shape}) cannot apply to {held}: re-seed from an anchor"
-        )
-    if update.xor_dense is not None:
-        return old ^ update.xor_dense
-    assert update.index_K is not None, f"{update.name}: an update without content"
-    assert update.xor_K is not None, f"{update.name}: indices without values"
-    after = np.array(old, order="C")
-    flat_P = after.reshape(-1)
-    flat_P[update.index_K] ^= update.xor_K
-    return after

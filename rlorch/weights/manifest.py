@@ -119,7 +119,9 @@ def _entry(row: Any, fault: _Fault) -> TensorEntry:
     row = fault.record(row, _ENTRY_FIELDS)
     name = row["name"]
     fault.unless(_is_a(str, name) and bool(name), "a tensor's `name` must be a non-empty string")
-    fault.unless(row["dtype"] in DTYPE_BYTES, f"{name!r} has an unknown dtype {row['dtype']!r}")
+    fault.unless(
+        _is_a(str, row["dtype"]) and row["dtype"] in DTYPE_BYTES, f"{name!r} has an unknown dtype {row['dtype']!r}"
+    )
     fault.unless(row["coding"] in _CODINGS, f"{name!r} has an unknown coding {row['coding']!r}")
     shape = row["shape"]
     fault.unless(_is_a(list, shape) and all(_is_count(size) for size in shape), f"{name!r} has a bad shape")
