@@ -120,11 +120,12 @@ class TensorBoardSink:
             raise ConfigError(
                 "the tensorboard sink needs the tensorboard package: pip install 'rlorch[tensorboard]'"
             ) from error
-        self._event = event_pb2.Event
-        self._summary = summary_pb2.Summary
+        events: Any = event_pb2  # protobuf makes the classes at import
+        summaries: Any = summary_pb2
+        self._event, self._summary = events.Event, summaries.Summary
         self._writer: Any = EventFileWriter(str(log_dir), max_queue_size=1000, flush_secs=10)
         if resume_step is not None:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            start = events.SessionLog(status=events.SessionLog.START)
             self._writer.add_event(self._event(wall_time=_wall_s(), step=resume_step, session_log=start))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
