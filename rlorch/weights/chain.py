@@ -12,12 +12,15 @@ Pure: no I/O, no clock.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlorch.errors import ChainBrokenError, StaleHeadError
 from rlorch.specs import WeightsSpec
 from rlorch.types import Manifest
+from rlorch.weights.planes import Bits
 from rlorch.weights.update import TensorUpdate
 
 
@@ -41,7 +44,7 @@ def validate_chain(chain: Sequence[Manifest]) -> None:
     if not chain or chain[0].kind != "anchor":
         raise ChainBrokenError(f"a chain starts with an anchor, not {describe(chain[0] if chain else None)}")
     layout = _layout(chain[0])
-    for before, after in zip(chain, chain[1:], strict=False):
+    for before, after in pairwise(chain):
         if after.kind != "delta" or after.base_version != before.version:
             raise ChainBrokenError(f"{describe(after)} cannot follow {describe(before)}: fetch the chain again")
         if _layout(after) != layout:
@@ -133,7 +136,7 @@ def needs_anchor(chain: Sequence[Manifest], spec: WeightsSpec) -> bool:
 
 
 def garbage(live: Sequence[Manifest], keep_anchors: int) -> list[Manifest]:
-    """The versions that may be deleted: those older than the newest `keep_anchors` chains and needed by none of them."""
+    """The versions that may be deleted: older than the newest `keep_anchors` chains and needed by none of them."""
     anchors = [manifest for manifest in live if manifest.kind == "anchor"]
     if len(anchors) <= keep_anchors:
         return []
@@ -179,21 +182,27 @@ def _merge_tensor(earlier: TensorUpdate, later: TensorUpdate) -> TensorUpdate:
         return TensorUpdate(*identity, xor_dense=_xored(earlier.xor_dense, later))
     if later.xor_dense is not None:
         return TensorUpdate(*identity, xor_dense=_xored(later.xor_dense, earlier))
-    assert earlier.index_K is not None, f"{earlier.name}: an update without content"
-    assert later.index_K is not None, f"{later.name}: an update without content"
-    both_K = np.concatenate([earlier.index_K, later.index_K])
+    (early_K, early_xor_K), (late_K, late_xor_K) = _changes(earlier), _changes(later)
+    both_K = np.concatenate([early_K, late_K])
     order_K = np.argsort(both_K, kind="stable")
     index_K, starts_K = np.unique(both_K[order_K], return_index=True)
-    xor_K = np.bitwise_xor.reduceat(np.concatenate([earlier.xor_K, later.xor_K])[order_K], starts_K)
+    xor_K = np.bitwise_xor.reduceat(np.concatenate([early_xor_K, late_xor_K])[order_K], starts_K)
     return TensorUpdate(*identity, index_K=index_K[xor_K != 0], xor_K=xor_K[xor_K != 0])
 
 
-def _xored(bits: np.ndarray, change: TensorUpdate) -> np.ndarray:
+def _changes(update: TensorUpdate) -> tuple[NDArray[np.int64], Bits]:
+    assert update.index_K is not None, f"{update.name}: an update without content"
+    assert update.xor_K is not None, f"{update.name}: indices without values"
+    return update.index_K, update.xor_K
+
+
+def _xored(bits: Bits, change: TensorUpdate) -> Bits:
     """`bits` with an XOR update applied."""
     if change.xor_dense is not None:
-        return bits ^ change.xor_dense
+        return np.asarray(bits ^ change.xor_dense)
     after = np.array(bits, order="C")
-    after.reshape(-1)[change.index_K] ^= change.xor_K
+    index_K, xor_K = _changes(change)
+    after.reshape(-1)[index_K] ^= xor_K
     return after
 
 

@@ -67,7 +67,7 @@ class Gate:
         except BaseException:
             if ticket[2].done() and not ticket[2].cancelled():
                 self._leave(who)  # let in and cancelled in the same step: hand the place on
-            else:
+            elif ticket in self._queue:
                 self._queue.remove(ticket)
                 self._let_in()
             raise
