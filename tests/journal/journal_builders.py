@@ -5,7 +5,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rlorch.journal.encoding import encode
-from rlorch.types import Batch, Completion, Group, Prompt, Rollout, Turn, Verdict, VersionSpan
+from rlorch.types import (
+    Batch,
+    Completion,
+    FailureKind,
+    FinishReason,
+    Group,
+    Prompt,
+    Rollout,
+    Turn,
+    Verdict,
+    VersionSpan,
+)
 
 
 def make_group(group_id: int, *, num_rollouts: int = 2, num_tokens: int = 5, salt: int = 0) -> Group:
@@ -56,7 +67,8 @@ def completions(draw: st.DrawFn) -> Completion:
     logprobs_T = draw(hnp.arrays(np.float32, len(tokens_T), elements=st.floats(width=32)))
     cut = draw(st.integers(0, len(tokens_T)))
     spans = (VersionSpan(3, 0, cut), VersionSpan(4, cut, len(tokens_T)))
-    reason = draw(st.sampled_from(["stop", "length", "abort"]))
+    reasons: tuple[FinishReason, ...] = ("stop", "length", "abort")
+    reason = draw(st.sampled_from(reasons))
     return Completion(tokens_T, logprobs_T, reason, spans, draw(st.floats(0, 1e6)))
 
 
@@ -65,7 +77,8 @@ def verdicts(draw: st.DrawFn) -> Verdict:
     if draw(st.booleans()):
         parts = draw(st.dictionaries(_any_text, st.floats(allow_nan=False), max_size=3))
         return Verdict(score=draw(st.floats(allow_nan=False)), parts=parts, seconds=draw(st.floats(0, 1e3)))
-    kind = draw(st.sampled_from(["timeout", "memory", "crash", "raised", "invalid", "environment"]))
+    kinds: tuple[FailureKind, ...] = ("timeout", "memory", "crash", "raised", "invalid", "environment")
+    kind = draw(st.sampled_from(kinds))
     return Verdict(failure=kind, detail=draw(_any_text))
 
 
