@@ -1,0 +1,131 @@
+"""A dataset row to the prompt that the policy reads."""
+
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from rlorch.errors import DataError, ModelError
+from rlorch.ports import Tokenizer
+from rlorch.specs import Spec
+from rlorch.types import Tokens
+
+Message = Mapping[str, Any]
+"""One chat message: `role`, `content`, and whatever else the template reads (tool calls, names)."""
+
+
+class RenderSpec(Spec):
+    """How a row becomes a prompt."""
+
+    prompt_field: str = Field(default="prompt", description="row field: text, or a list of chat messages")
+    template: str | None = Field(
+        default=None, description="text around row fields, as in 'Q: {question}'; wins over prompt_field"
+    )
+    system: str | None = Field(default=None, description="system message put first; implies chat")
+    suffix: str = Field(default="", description="text after a text prompt, verbatim")
+    chat: bool = Field(default=False, description="wrap a text prompt as one user message for the chat template")
+    add_special_tokens: bool = Field(default=False, description="let the tokenizer add BOS to a text prompt")
+    chat_template_options: dict[str, str | int | float | bool | None] = Field(
+        default_factory=dict[str, "str | int | float | bool | None"],
+        description="for the chat template, e.g. enable_thinking",
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _plain_fields(cls, template: str | None) -> str | None:
+        for name in template_fields(template or ""):
+            if not name.isidentifier():
+                raise ValueError(
+                    f"{{{name}}} is not the plain name of a row field; double braces that are text: {{{{ }}}}"
+                )
+        return template
+
+
+def template_fields(template: str) -> tuple[str, ...]:
+    """Names of the row fields in a template. Raises `ValueError` for unbalanced braces."""
+    return tuple(name for _, name, _, _ in string.Formatter().parse(template) if name is not None)
+
+
+def render_prompt(row: Mapping[str, Any], tokenizer: Tokenizer, spec: RenderSpec) -> tuple[str, Tokens]:
+    """The prompt's text and tokens (int32, length T).
+
+    Messages go through the chat template with the generation prompt; text is taken verbatim, then `suffix`.
+
+    Raises:
+        DataError: the row lacks a field, or the field is neither text nor messages.
+        ModelError: messages, and the tokenizer has no chat template.
+    """
+    content = _content(row, spec)
+    if isinstance(content, str) and not spec.chat and spec.system is None:
+        text = content + spec.suffix
+        tokens = tokenizer.encode(text, add_special_tokens=spec.add_special_tokens)
+    else:
+        messages = content if not isinstance(content, str) else [{"role": "user", "content": content + spec.suffix}]
+        if spec.system is not None:
+            messages = [{"role": "system", "content": spec.system}, *messages]
+        text = chat_text(messages, tokenizer, add_generation_prompt=True, options=spec.chat_template_options)
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+    if not tokens:
+        raise DataError(f"the prompt is empty: row {_shown(row)}")
+    return text, np.asarray(tokens, dtype=np.int32)
+
+
+def chat_text(
+    messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool, options: Mapping[str, Any]
+) -> str:
+    """Messages as the tokenizer's chat template writes them.
+
+    Raises:
+        ModelError: the tokenizer has no chat template.
+        DataError: the template refuses the messages (the order of roles, a missing key).
+    """
+    if getattr(tokenizer, "chat_template", "unknown") is None:
+        raise ModelError("the tokenizer has no chat template; use text prompts, or give it one (chat_template.jinja)")
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **options,
+            )
+        )
+    except Exception as error:  # templates raise whatever they like (jinja2 errors, KeyError, TypeError)
+        roles = ", ".join(str(message.get("role", "?")) for message in messages)
+        raise DataError(f"the chat template refuses messages with roles [{roles}]: {error}") from error
+
+
+def completion_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
+    """What the policy said: sampled tokens as text, without special tokens."""
+    return tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
+
+
+def check_messages(value: Any, what: str) -> list[Message]:
+    """`value` as messages. Raises `DataError` naming `what` and the item."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
+        raise DataError(f"{what} must be a list of messages with role and content, not {_shown(value)}")
+    for index, message in enumerate(value):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise DataError(f"{what}[{index}] must be a message with role and content, not {_shown(message)}")
+    return list(value)
+
+
+def row_field(row: Mapping[str, Any], name: str) -> Any:
+    """A field of a row. Raises `DataError` naming the fields that there are."""
+    if name not in row:
+        raise DataError(f"the row has no field {name!r}; it has {', '.join(map(str, row)) or 'none'}")
+    return row[name]
+
+
+def _content(row: Mapping[str, Any], spec: RenderSpec) -> str | list[Message]:
+    if spec.template is not None:
+        return spec.template.format_map({name: row_field(row, name) for name in template_fields(spec.template)})
+    value = row_field(row, spec.prompt_field)
+    return value if isinstance(value, str) else check_messages(value, f"row field {spec.prompt_field!r}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
