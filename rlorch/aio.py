@@ -107,7 +107,7 @@ class Limiter:
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled():
                 self.release()  # granted and cancelled in the same step: hand the slot on
-            else:
+            elif waiter in self._waiters:  # not there when a release of the same step has already skipped it
                 self._waiters.remove(waiter)
             raise
 
