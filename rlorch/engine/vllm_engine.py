@@ -1,0 +1,259 @@
+"""The vLLM sampler engine: vLLM's `LLMEngine` in this process, stepped by the thread of `SteppedEngine`.
+
+In process, because one process less starts twice as fast, steps are deterministic, and the weights are reachable by
+reference: a commit is a scatter into live tensors between two steps, without a pause protocol or a copy between
+processes. One GPU or the CPU per engine; tensor parallelism needs a plan per rank and is refused.
+
+Each weight version has its own `cache_salt`: requests in flight keep their KV across a commit (their spans say so),
+and the prefix cache never serves KV of one version to a request of another. A request that is still waiting at a
+commit is queued again under the new salt.
+
+The samples of a request are separate vLLM requests, so that each has its own seed, spans and queue time; they share
+the prompt's KV through the prefix cache, as vLLM's own fan-out does.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlorch.engine.live_weights import LiveWeights
+from rlorch.engine.model_dir import check_model_dir, has_tokenizer, resolve_dtype, stop_token_ids
+from rlorch.engine.stepped import Load, Outcome, Sample, SteppedEngine
+from rlorch.errors import ConfigError, ModelError, RetryableError, SelfTestError
+from rlorch.specs import Dtype, SamplerSpec
+from rlorch.types import Completion, FinishReason, Floats, Tokens, VersionSpan
+
+SCORE_KEY = "score"
+_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process (see above)
+    "VLLM_NO_USAGE_STATS": "1",  # no reports home: training data and models are the user's own
+    "DO_NOT_TRACK": "1",  # the same, for what vLLM imports
+    "HF_HUB_OFFLINE": "1",  # the model is a local directory; a hub look-up only costs time and may hang
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the runner that these spans, salts and log-probs were checked with
+    "VLLM_LOGGING_LEVEL": "WARNING",  # per-step INFO lines would drown the run's own log
+}
+"""Read by vLLM when it is imported or configured; set unless the user has set them."""
+
+CPU_ENVIRONMENT = {
+    "TORCHDYNAMO_DISABLE": "1",  # torch.compile of sampler helpers costs 20 s at the first request
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding to cores collides with the other processes of one machine
+}
+
+
+def open_vllm_engine(
+    model_dir: str | Path, spec: SamplerSpec, *, dtype: Dtype = "auto", live_digest_every: int = 10
+) -> SteppedEngine:
+    """Start vLLM in this process. Sets `ENVIRONMENT` (and on CPU `CPU_ENVIRONMENT`, `OMP_NUM_THREADS`) where unset.
+
+    Raises as `rlorch.engine.sampler.open_sampler_engine`.
+    """
+    path = check_model_dir(model_dir)
+    if spec.tensor_parallel > 1:
+        raise ConfigError(
+            f"sampler.tensor_parallel is {spec.tensor_parallel}, but weights are updated in place on one GPU per "
+            "replica: set it to 1 and raise sampler.replicas"
+        )
+    on_cpu = not torch.cuda.is_available()
+    _set_environment(on_cpu, spec.threads)
+    return SteppedEngine(
+        f"vllm:{path.name}",
+        lambda: VllmBackend(path, spec, resolve_dtype(dtype), on_cpu),
+        start_timeout_s=spec.start_timeout_s,
+        timeout_s=spec.request_timeout_s,
+        live_digest_every=live_digest_every,
+    )
+
+
+def _set_environment(on_cpu: bool, threads: int) -> None:
+    for name, value in (ENVIRONMENT | CPU_ENVIRONMENT if on_cpu else ENVIRONMENT).items():
+        os.environ.setdefault(name, value)
+    if on_cpu:
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+class _StepStats:
+    """Stands where vLLM keeps its loggers: two dictionaries' worth of numbers instead of a Prometheus registry."""
+
+    def __init__(self) -> None:
+        self.load = Load()
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, **_: Any) -> None:
+        """Called by vLLM after each step."""
+        generated = iteration_stats.num_generation_tokens if iteration_stats else 0
+        preempted = iteration_stats.num_preempted_reqs if iteration_stats else 0
+        self.load = Load(
+            running=scheduler_stats.num_running_reqs,
+            waiting=scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,
+            kv_usage=scheduler_stats.kv_cache_usage,
+            generated_tokens=self.load.generated_tokens + generated,
+            preemptions=self.load.preemptions + preempted,
+        )
+
+    def log(self) -> None:
+        """Called by vLLM every few seconds; the numbers leave through `EngineStats`."""
+
+
+class VllmBackend:
+    """A `Backend` (see `rlorch.engine.stepped`) over one in-process `LLMEngine`."""
+
+    def __init__(self, model_dir: Path, spec: SamplerSpec, dtype: str, on_cpu: bool) -> None:
+        set_num_threads = torch.set_num_threads
+        if on_cpu:
+            torch.set_num_threads(spec.threads)
+        try:
+            self._engine = _build(model_dir, spec, dtype, on_cpu)
+        finally:
+            torch.set_num_threads = set_num_threads  # vLLM's CPU worker disables it for the whole process
+        self._stats = _StepStats()
+        self._engine.logger_manager = self._stats
+        self.weights = self._live_weights()
+        self.vocab_size: int = self._engine.model_config.get_vocab_size()
+        self.max_model_len: int = self._engine.model_config.max_model_len
+        self._stop_token_ids = stop_token_ids(model_dir)
+        self._samples: dict[str, Sample] = {}
+        self._salt = "unloaded"
+
+    def _live_weights(self) -> LiveWeights:
+        try:
+            [weights] = self._engine.collective_rpc("rlorch_live_weights")
+        except ModelError as error:
+            raise SelfTestError(f"vLLM does not compute with its parameters: {error}") from error
+        return weights
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is unfinished."""
+        return self._engine.has_unfinished_requests()
+
+    def add(self, sample: Sample) -> None:
+        """Queue a sequence. Raises ValueError for parameters that vLLM refuses."""
+        from vllm.inputs import tokens_input
+
+        prompt = tokens_input(sample.prompt_T.tolist(), cache_salt=self._salt)
+        self._engine.add_request(sample.key, prompt, self._sampling_params(sample))
+        self._samples[sample.key] = sample
+
+    def _sampling_params(self, sample: Sample) -> Any:
+        from vllm import SamplingParams as VllmSamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = sample.params
+        if params.stop and self._engine.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer in the model directory; use stop_token_ids")
+        return VllmSamplingParams(
+            max_tokens=params.max_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=max(params.top_k, 0),
+            stop=list(params.stop),
+            stop_token_ids=[*self._stop_token_ids, *params.stop_token_ids],
+            seed=params.seed,
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            detokenize=bool(params.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def drop(self, keys: Sequence[str]) -> None:
+        """Abort sequences and free their KV."""
+        self._engine.abort_request(list(keys))
+        for key in keys:
+            self._samples.pop(key, None)
+
+    def step(self) -> list[tuple[str, Outcome]]:
+        """One scheduler step."""
+        return [self._outcome(output) for output in self._engine.step() if output.finished]
+
+    def _outcome(self, output: Any) -> tuple[str, Outcome]:
+        sample = self._samples.pop(output.request_id)
+        result = output.outputs[0]
+        reason = _FINISH.get(result.finish_reason)
+        if reason is None:
+            return sample.key, RetryableError(f"vLLM ended sample {sample.key!r} with {result.finish_reason!r}")
+        spans = tuple(VersionSpan(int(span.version), span.start, span.end) for span in result.weight_versions)
+        tokens_T = np.array(result.token_ids, np.int32)
+        logprobs_T = np.array(result.logprobs.logprobs, np.float32)
+        assert len(tokens_T) == len(logprobs_T) == spans[-1].stop, f"{sample.key}: tokens, log-probs, spans disagree"
+        queue_s = max(output.metrics.scheduled_ts - sample.submitted_s, 0.0)
+        return sample.key, Completion(tokens_T, logprobs_T, reason, spans, queue_s)
+
+    def score(self, tokens_T: Tokens) -> tuple[Floats, list[tuple[str, Outcome]]]:
+        """Prompt log-probs of one request, which never reads the prefix cache; other requests step along."""
+        from vllm import SamplingParams as VllmSamplingParams
+        from vllm.inputs import tokens_input
+
+        params = VllmSamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+        self._engine.add_request(SCORE_KEY, tokens_input(tokens_T.tolist(), cache_salt=self._salt), params)
+        finished: list[tuple[str, Outcome]] = []
+        while True:
+            for output in self._engine.step():
+                if output.request_id != SCORE_KEY:
+                    finished.append(self._outcome(output))
+                elif output.finished:
+                    scores = np.array(output.prompt_logprobs.logprobs, np.float32)
+                    assert len(scores) == len(tokens_T) - 1, f"{len(scores)} log-probs of {len(tokens_T)} tokens"
+                    return scores, finished
+
+    def committed(self, version: int) -> None:
+        """Label tokens from here on, and move requests that have computed nothing to the new salt."""
+        self._salt = f"v{version}"
+        self._engine.set_weight_version(str(version))
+        core: Any = self._engine.engine_core
+        fresh = [r.external_req_id for r in core.engine_core.scheduler.waiting if not r.num_computed_tokens]
+        untouched = [self._samples[key] for key in fresh if key in self._samples]
+        self.drop([sample.key for sample in untouched])
+        for sample in untouched:
+            self.add(sample)
+
+    def load(self) -> Load:
+        """Load as of the last step."""
+        return self._stats.load
+
+    def close(self) -> None:
+        """Shut the engine core down."""
+        self._engine.engine_core.shutdown()
+
+
+def _build(model_dir: Path, spec: SamplerSpec, dtype: str, on_cpu: bool) -> Any:
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor import Executor
+
+    arguments: dict[str, Any] = {
+        "model": str(model_dir),
+        "dtype": dtype,
+        "load_format": "dummy",  # weights always arrive by load()
+        "skip_tokenizer_init": not has_tokenizer(model_dir),
+        "max_model_len": spec.max_model_len,
+        "max_num_seqs": spec.max_num_seqs,
+        "logprobs_mode": "processed_logprobs",  # the behaviour policy's; the default is before temperature
+        "max_logprobs": 1,
+        "seed": spec.seed,
+        "enforce_eager": on_cpu if spec.enforce_eager is None else spec.enforce_eager,
+        "enable_prefix_caching": True,
+        "async_scheduling": False,  # a step that overlaps a commit would have no version
+        "disable_log_stats": False,  # queue times and load
+        "worker_extension_cls": "rlorch.engine.vllm_worker.WeightsExtension",
+        "distributed_executor_backend": "uni",
+        "generation_config": "vllm",  # sampling defaults come from the request alone
+    }
+    if on_cpu:
+        from rlorch.engine.vllm_worker import keep_weights_unpacked
+
+        keep_weights_unpacked()
+        arguments["kv_cache_memory_bytes"] = int(spec.cpu_kv_cache_gib * 2**30)
+    else:
+        arguments["gpu_memory_utilization"] = spec.gpu_memory_fraction
+    config = EngineArgs(**arguments).create_engine_config()
+    if on_cpu and config.model_config.is_moe:
+        raise ModelError(
+            f"{model_dir.name} is a mixture of experts: vLLM on CPU packs expert weights, so that they cannot be "
+            "updated in place; use a GPU or sampler.engine=transformers"
+        )
+    return LLMEngine(config, Executor.get_class(config), log_stats=True)
