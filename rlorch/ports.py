@@ -9,12 +9,15 @@ after a lost answer says "idempotent". Every call of a remote implementation has
 `DeadlineError` or `ReplicaLostError` rather than hang.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from rlorch.types import (
     AdamParams,
     Batch,
+    Checkpoint,
+    CheckpointManifest,
     CommitReport,
     Completion,
     Datum,
@@ -147,6 +150,42 @@ class WeightStore(Protocol):
     async def chain(self, version: int) -> tuple[Manifest, ...]:
         """The anchor at or before `version` and the deltas up to it, in the order to apply. Raises
         `ChainBrokenError`."""
+        ...
+
+
+class CheckpointStore(Protocol):
+    """Checkpoints of a run by name: whole or absent, verified when opened."""
+
+    async def save(
+        self,
+        name: str,
+        writer: Callable[[Path], Awaitable[Mapping[str, str]]],
+        *,
+        step: int,
+        extra: Mapping[str, Any],
+        ttl_seconds: float | None = None,
+        pinned: bool = False,
+        resumable: bool = True,
+    ) -> CheckpointManifest:
+        """Let `writer` fill an empty directory, check the xxh3-128 hex digests it returns, publish it at once, then
+        delete what retention says. A failure leaves every older checkpoint as it was. Replaces an equal name."""
+        ...
+
+    async def latest(self) -> Checkpoint | None:
+        """The newest intact resumable checkpoint, and which damaged ones were skipped. Raises `StorageError` when all
+        are damaged. Idempotent."""
+        ...
+
+    async def list(self) -> tuple[CheckpointManifest, ...]:
+        """All checkpoints, oldest first, without reading their files. Idempotent."""
+        ...
+
+    async def open(self, name: str) -> Checkpoint:
+        """The named checkpoint, verified. Raises `StorageError`. Idempotent."""
+        ...
+
+    async def delete(self, name: str) -> None:
+        """Delete by name, pinned or not; unknown names are ignored. Idempotent."""
         ...
 
 

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+RoleName = Literal["trainer", "reference", "sampler", "reward"]
+
+
 class Spec(BaseModel):
     """A frozen record; unknown keys are an error."""
 
@@ -101,3 +104,4 @@ class RuntimeSpec(Spec):
     sampler: SamplerSpec = SamplerSpec()
     rewards: RewardSpec | None = None
     weights: WeightsSpec = WeightsSpec()
+    roles: tuple[RoleName, ...] = ("trainer", "sampler", "reward")

@@ -1,0 +1,152 @@
+"""The Runtime port on Ray: each role an actor where the plan puts it.
+
+`connect` starts a local cluster or joins one; `devices` says what it has; `RayRuntime` starts the actors of one run
+and ends all of them. Nothing else in rlorch imports Ray.
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorClass
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from rlorch.placement import Assignment, Devices, Gpu, Plan
+from rlorch.ports import Tokenizer, WeightStore
+from rlorch.specs import RuntimeSpec
+from rlorch.weights.store import FileWeightStore
+
+from .remote import Remote
+from .reward import RayRewardWorker, RewardActor
+from .sampler import RaySampler, SamplerActor
+from .trainer import RayReference, RayTrainer, ReferenceActor, TrainerActor
+
+log = logging.getLogger(__name__)
+
+
+def connect(address: str | None) -> None:
+    """Join the cluster at `address` ("auto": the one this machine belongs to), or start one in this machine.
+
+    A job submitted with `ray job submit` finds its cluster in the environment, whatever `address` says.
+    """
+    if ray.is_initialized():
+        return
+    # A local cluster listens on loopback only, and dies with this process.
+    os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    joining = address is not None or "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if joining:
+        ray.init(address=address or "auto", **options)
+    else:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+
+
+def disconnect() -> None:
+    """Leave the cluster; a local one ends. Idempotent."""
+    ray.shutdown()
+
+
+@ray.remote(num_cpus=0)
+def _gpus_here() -> list[tuple[str, float]]:
+    """(name, memory in GiB) of the GPUs of the node that runs this."""
+    import torch
+
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [(p.name, p.total_memory / 2**30) for p in properties]
+
+
+def devices(timeout_s: float = 120.0) -> Devices:
+    """What the connected cluster has, alive nodes only."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    gpus: list[Gpu] = []
+    for node in nodes:
+        count = int(node["Resources"].get("GPU", 0))
+        if count:
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            found = ray.get(_gpus_here.options(num_gpus=count, scheduling_strategy=here).remote(), timeout=timeout_s)
+            gpus += [Gpu(len(gpus) + i, name, memory, node["NodeID"]) for i, (name, memory) in enumerate(found)]
+    resources = ray.cluster_resources()
+    return Devices(
+        gpus=tuple(gpus),
+        cpus=int(resources.get("CPU", 1)),
+        memory_gib=resources.get("memory", 0.0) / 2**30,
+        nodes=len(nodes),
+    )
+
+
+class RayRuntime:
+    """The Runtime port: starts actors by name, where `plan` puts them."""
+
+    def __init__(self, spec: RuntimeSpec, plan: Plan) -> None:
+        self._spec = spec
+        self._assignments = {assignment.name: assignment for assignment in plan.assignments}
+        self._store = FileWeightStore(Path(spec.run_dir) / "weights", spec.weights)
+        self._remotes: dict[str, Remote] = {}
+
+    def tokenizer(self) -> Tokenizer:
+        """See `Runtime.tokenizer`."""
+        from rlorch.engine.tokenizer import load_tokenizer
+
+        return load_tokenizer(self._spec.model)
+
+    def weight_store(self) -> WeightStore:
+        """See `Runtime.weight_store`."""
+        return self._store
+
+    async def trainer(self) -> RayTrainer:
+        """See `Runtime.trainer`."""
+        place = self._assignments["trainer"]
+        remote = await self._start(TrainerActor, place, self._spec, place.threads)
+        return RayTrainer(remote)
+
+    async def reference(self) -> RayReference:
+        """See `Runtime.reference`."""
+        place = self._assignments["reference"]
+        remote = await self._start(ReferenceActor, place, self._spec, place.threads)
+        return RayReference(remote)
+
+    async def sampler(self, name: str) -> RaySampler:
+        """See `Runtime.sampler`."""
+        place = self._assignments[name]
+        remote = await self._start(SamplerActor, place, name, self._spec, place.threads)
+        return RaySampler(remote, self._spec.sampler, self._spec.weights)
+
+    async def reward_worker(self, name: str) -> RayRewardWorker:
+        """See `Runtime.reward_worker`."""
+        if self._spec.rewards is None:
+            raise ValueError("this runtime was given no rewards")
+        remote = await self._start(RewardActor, self._assignments[name], name, self._spec)
+        return RayRewardWorker(remote, self._spec.rewards)
+
+    async def stop(self) -> None:
+        """See `Runtime.stop`."""
+        remotes, self._remotes = self._remotes, {}
+        for remote in remotes.values():
+            remote.kill()
+
+    async def _start(self, actor: ActorClass, place: Assignment, *args: Any) -> Remote:
+        if (old := self._remotes.pop(place.name, None)) is not None:
+            old.kill()
+        handle = actor.options(**_options(place)).remote()
+        remote = self._remotes[place.name] = Remote(place.name, handle)
+        log_path = Path(self._spec.run_dir) / "logs" / f"{place.name}.log"
+        await remote.call(
+            "start",
+            *args,
+            timeout_s=self._spec.sampler.start_timeout_s,
+            hint=f"it did not start; {log_path} says how far it came, `rlorch check` what this machine has",
+        )
+        return remote
+
+
+def _options(place: Assignment) -> dict[str, Any]:
+    """Ray's options for an assignment. CPUs are reserved, not enforced; GPUs are made visible to the actor alone."""
+    gpus = len(place.gpus) * place.gpu_fraction if place.gpus else 0
+    options: dict[str, Any] = {"num_cpus": place.cpus, "num_gpus": gpus, "max_restarts": 0}
+    if place.node is not None:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(place.node, soft=False)
+    return options

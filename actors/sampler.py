@@ -1,0 +1,97 @@
+"""A sampler replica as a Ray actor, and the port in front of it.
+
+One call returns all n completions of a request: tokens are never streamed through Ray (measured at 0.28 to 0.47 of
+the direct rate, against no loss for one call per request).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+
+from rlorch.local import LocalSampler
+from rlorch.specs import RuntimeSpec, SamplerSpec, WeightsSpec
+from rlorch.types import CommitReport, Completion, EngineStats, Floats, Manifest, SamplingParams, Tokens
+from rlorch.weights.store import FileWeightStore
+
+from .process import prepare
+from .remote import Remote
+
+CONTROL_TIMEOUT_S = 60.0  # abort, stats: answered between two engine steps
+
+
+@ray.remote(max_concurrency=4096)
+class SamplerActor:
+    """Hosts a `LocalSampler`."""
+
+    async def start(self, name: str, spec: RuntimeSpec, threads: int) -> None:
+        """Start the engine and its self-test."""
+        prepare(name, spec.run_dir, threads)
+        store = FileWeightStore(Path(spec.run_dir) / "weights", spec.weights)
+        self._role = await LocalSampler.start(spec.model, spec.sampler, store)
+
+    async def sample(self, prompt_T: Tokens, params: SamplingParams, request_id: str) -> tuple[Completion, ...]:
+        """One hop."""
+        return await self._role.sample(prompt_T, params, request_id)
+
+    async def abort(self, request_id: str) -> None:
+        """One hop."""
+        await self._role.abort(request_id)
+
+    async def score(self, tokens_T: Tokens) -> Floats:
+        """One hop."""
+        return await self._role.score(tokens_T)
+
+    async def load(self, chain: Sequence[Manifest]) -> CommitReport:
+        """One hop."""
+        return await self._role.load(chain)
+
+    async def stage(self, manifest: Manifest) -> None:
+        """One hop."""
+        await self._role.stage(manifest)
+
+    async def commit(self, version: int) -> CommitReport:
+        """One hop."""
+        return await self._role.commit(version)
+
+    async def stats(self) -> EngineStats:
+        """One hop."""
+        return await self._role.stats()
+
+
+class RaySampler:
+    """The Sampler port over a `SamplerActor`."""
+
+    def __init__(self, remote: Remote, spec: SamplerSpec, weights: WeightsSpec) -> None:
+        self._remote = remote
+        self._spec = spec
+        self._weights = weights
+
+    async def sample(self, prompt_T: Tokens, params: SamplingParams, request_id: str) -> tuple[Completion, ...]:
+        """See `Sampler.sample`."""
+        timeout_s = self._spec.request_timeout_s
+        return await self._remote.call("sample", prompt_T, params, request_id, timeout_s=timeout_s)
+
+    async def abort(self, request_id: str) -> None:
+        """See `Sampler.abort`."""
+        await self._remote.call("abort", request_id, timeout_s=CONTROL_TIMEOUT_S)
+
+    async def score(self, tokens_T: Tokens) -> Floats:
+        """See `Sampler.score`."""
+        return await self._remote.call("score", tokens_T, timeout_s=self._spec.request_timeout_s)
+
+    async def load(self, chain: Sequence[Manifest]) -> CommitReport:
+        """See `Sampler.load`."""
+        return await self._remote.call("load", chain, timeout_s=self._weights.stage_timeout_s)
+
+    async def stage(self, manifest: Manifest) -> None:
+        """See `Sampler.stage`."""
+        await self._remote.call("stage", manifest, timeout_s=self._weights.stage_timeout_s)
+
+    async def commit(self, version: int) -> CommitReport:
+        """See `Sampler.commit`."""
+        return await self._remote.call("commit", version, timeout_s=self._weights.commit_timeout_s)
+
+    async def stats(self) -> EngineStats:
+        """See `Sampler.stats`."""
+        return await self._remote.call("stats", timeout_s=CONTROL_TIMEOUT_S)

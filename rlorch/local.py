@@ -1,0 +1,245 @@
+"""All roles in this process: the engines behind the ports, one hop each.
+
+`LocalTrainer`, `LocalReference` and `LocalSampler` are the only places where asyncio meets an engine: a `Lane` runs
+torch calls in order on one thread, a sampler engine answers with futures of its own thread. The Ray actors wrap
+these same classes, so a run without Ray (`runtime: local`, breakpoints work) is the same code less one hop.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlorch.aio import Lane, deadline
+from rlorch.ports import RewardWorker, Tokenizer, WeightStore
+from rlorch.scoring.worker import ProcessRewardWorker
+from rlorch.specs import RuntimeSpec, SamplerSpec, TrainerSpec, WeightsSpec
+from rlorch.types import (
+    AdamParams,
+    CommitReport,
+    Completion,
+    Datum,
+    EngineStats,
+    Floats,
+    ForwardResult,
+    LossSpec,
+    Manifest,
+    Normalization,
+    SamplingParams,
+    StepResult,
+    Tokens,
+)
+from rlorch.weights.store import FileWeightStore
+
+if TYPE_CHECKING:
+    from rlorch.engine.reference import TorchReference
+    from rlorch.engine.sampler import SamplerEngine
+    from rlorch.engine.trainer import TorchTrainer
+
+log = logging.getLogger(__name__)
+
+
+class LocalTrainer:
+    """The Trainer port over `TorchTrainer` on a thread of this process."""
+
+    def __init__(self, engine: "TorchTrainer", lane: Lane, store: WeightStore) -> None:
+        self._engine = engine
+        self._lane = lane
+        self._store = store
+
+    @classmethod
+    async def start(cls, model: str, spec: TrainerSpec, weights: WeightsSpec, store: WeightStore) -> "LocalTrainer":
+        """Load the model. Raises `ModelError`."""
+        from rlorch.engine.trainer import TorchTrainer
+
+        lane = Lane("trainer")
+        return cls(await lane.run(TorchTrainer, model, spec, weights), lane, store)
+
+    async def forward(self, datums: Sequence[Datum]) -> ForwardResult:
+        """See `Trainer.forward`."""
+        return await self._lane.run(self._engine.forward, datums)
+
+    async def forward_backward(self, datums: Sequence[Datum], loss: LossSpec) -> ForwardResult:
+        """See `Trainer.forward_backward`."""
+        return await self._lane.run(self._engine.forward_backward, datums, loss)
+
+    async def optim_step(self, adam: AdamParams, normalization: Normalization) -> StepResult:
+        """See `Trainer.optim_step`."""
+        return await self._lane.run(self._engine.optim_step, adam, normalization)
+
+    async def export(self, kind: str) -> Manifest:
+        """See `Trainer.export`: the payload is in the store when this returns."""
+        manifest, payload = await self._lane.run(self._engine.export, kind)
+        await self._store.put(manifest.payload, payload)
+        return manifest
+
+    async def published(self, version: int) -> None:
+        """See `Trainer.published`."""
+        await self._lane.run(self._engine.published, version)
+
+    async def save(self, path: str) -> Mapping[str, str]:
+        """See `Trainer.save`."""
+        return await self._lane.run(self._engine.save, path)
+
+    async def load(self, path: str) -> int:
+        """See `Trainer.load`."""
+        return await self._lane.run(self._engine.load, path)
+
+    async def save_pretrained(self, path: str) -> None:
+        """See `Trainer.save_pretrained`."""
+        await self._lane.run(self._engine.save_pretrained, path)
+
+    async def close(self) -> None:
+        """Let the running call finish; no more calls."""
+        self._lane.close()
+
+
+class LocalReference:
+    """The Reference port over `TorchReference` on a thread of this process."""
+
+    def __init__(self, engine: "TorchReference", lane: Lane) -> None:
+        self._engine = engine
+        self._lane = lane
+
+    @classmethod
+    async def start(cls, model: str, spec: TrainerSpec) -> "LocalReference":
+        """Load the model. Raises `ModelError`."""
+        from rlorch.engine.reference import TorchReference
+
+        lane = Lane("reference")
+        return cls(await lane.run(TorchReference, model, spec), lane)
+
+    async def logprobs(self, datums: Sequence[Datum]) -> tuple[Floats, ...]:
+        """See `Reference.logprobs`."""
+        return await self._lane.run(self._engine.logprobs, datums)
+
+    async def close(self) -> None:
+        """Let the running call finish; no more calls."""
+        self._lane.close()
+
+
+class LocalSampler:
+    """The Sampler port over a `SamplerEngine`, which has a thread of its own.
+
+    Weight changes go through one lane, so that they are applied in the order they were asked for, while sampling
+    goes on beside them.
+    """
+
+    def __init__(self, engine: "SamplerEngine", store: WeightStore) -> None:
+        self._engine = engine
+        self._store = store
+        self._lane = Lane("weights")
+
+    @classmethod
+    async def start(cls, model: str, spec: SamplerSpec, store: WeightStore) -> "LocalSampler":
+        """Start the engine and let it prove that weight updates take effect. Raises `ModelError`, `SelfTestError`."""
+        from rlorch.engine.sampler import open_sampler_engine
+
+        lane = Lane("start")
+        try:
+            engine = await lane.run(open_sampler_engine, model, spec)
+            await lane.run(engine.self_test)
+        finally:
+            lane.close()
+        return cls(engine, store)
+
+    async def sample(self, prompt_T: Tokens, params: SamplingParams, request_id: str) -> tuple[Completion, ...]:
+        """See `Sampler.sample`."""
+        future = self._engine.submit(prompt_T, params, request_id)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            self._engine.abort(request_id)
+            raise
+
+    async def abort(self, request_id: str) -> None:
+        """See `Sampler.abort`."""
+        self._engine.abort(request_id)
+
+    async def score(self, tokens_T: Tokens) -> Floats:
+        """See `Sampler.score`."""
+        return await asyncio.wrap_future(self._engine.score(tokens_T))
+
+    async def load(self, chain: Sequence[Manifest]) -> CommitReport:
+        """See `Sampler.load`."""
+        updates = [(manifest, await self._store.get(manifest.payload)) for manifest in chain]
+        return await self._lane.run(self._engine.load, updates)
+
+    async def stage(self, manifest: Manifest) -> None:
+        """See `Sampler.stage`."""
+        payload = await self._store.get(manifest.payload)
+        await self._lane.run(self._engine.stage, manifest, payload)
+
+    async def commit(self, version: int) -> CommitReport:
+        """See `Sampler.commit`."""
+        return await self._lane.run(self._engine.commit, version)
+
+    async def stats(self) -> EngineStats:
+        """See `Sampler.stats`."""
+        return self._engine.stats()
+
+    async def close(self) -> None:
+        """Stop the engine; waiting requests fail."""
+        await self._lane.run(self._engine.close)
+        self._lane.close()
+
+
+class LocalRuntime:
+    """The Runtime port in this process. Reward workers are child processes here as everywhere."""
+
+    def __init__(self, spec: RuntimeSpec) -> None:
+        self._spec = spec
+        self._store = FileWeightStore(Path(spec.run_dir) / "weights", spec.weights)
+        self._roles: dict[str, LocalTrainer | LocalReference | LocalSampler | ProcessRewardWorker] = {}
+
+    def tokenizer(self) -> Tokenizer:
+        """See `Runtime.tokenizer`."""
+        from rlorch.engine.tokenizer import load_tokenizer
+
+        return load_tokenizer(self._spec.model)
+
+    def weight_store(self) -> WeightStore:
+        """See `Runtime.weight_store`."""
+        return self._store
+
+    async def trainer(self) -> LocalTrainer:
+        """See `Runtime.trainer`."""
+        spec = self._spec
+        return await self._start("trainer", LocalTrainer.start(spec.model, spec.trainer, spec.weights, self._store))
+
+    async def reference(self) -> LocalReference:
+        """See `Runtime.reference`."""
+        return await self._start("reference", LocalReference.start(self._spec.model, self._spec.trainer))
+
+    async def sampler(self, name: str) -> LocalSampler:
+        """See `Runtime.sampler`."""
+        return await self._start(name, LocalSampler.start(self._spec.model, self._spec.sampler, self._store))
+
+    async def reward_worker(self, name: str) -> RewardWorker:
+        """See `Runtime.reward_worker`."""
+        if self._spec.rewards is None:
+            raise ValueError("this runtime was given no rewards")
+
+        async def start() -> ProcessRewardWorker:
+            worker = ProcessRewardWorker(self._spec.rewards)
+            await worker.start()
+            return worker
+
+        return await self._start(name, start())
+
+    async def stop(self) -> None:
+        """See `Runtime.stop`."""
+        roles, self._roles = self._roles, {}
+        for name, role in roles.items():
+            try:
+                async with deadline(30.0, f"{name}: did not close"):
+                    await role.close()
+            except TimeoutError as error:
+                log.warning("%s", error)
+
+    async def _start(self, name, starting):
+        if (old := self._roles.pop(name, None)) is not None:
+            await old.close()
+        self._roles[name] = role = await starting
+        return role

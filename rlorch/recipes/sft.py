@@ -1,0 +1,155 @@
+"""Supervised fine-tuning: cross-entropy on demonstrations, one optimizer step per batch.
+
+    rows -> rendered demonstrations (tokens, weights) -> shuffled batches -> forward_backward, optim_step
+
+Batches are a function of (seed, epoch, step): a resumed run takes exactly the rows that an uninterrupted one would
+have. The result is a model directory, `<run_dir>/model`, that transformers and vLLM load.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from rlorch.checkpoint.store import FileCheckpointStore
+from rlorch.data import DataSpec, load_rows, split_held_out
+from rlorch.errors import DataError
+from rlorch.ports import Runtime, Trainer
+from rlorch.recipes.run_dir import RunDir, open_run_dir
+from rlorch.recipes.sections import CheckpointSpec, HeldOutSpec, ObserveSpec, OptimizerSpec, check_model_dir
+from rlorch.render.prompt import RenderSpec
+from rlorch.render.supervised import TrainOn, render_supervised, supervised_example, to_datum
+from rlorch.specs import RuntimeSpec, SamplerSpec, Spec, TrainerSpec, WeightsSpec
+from rlorch.types import Datum, LossSpec
+
+log = logging.getLogger(__name__)
+
+
+class SFTConfig(Spec):
+    """`rlorch train` with `recipe: sft`."""
+
+    recipe: Literal["sft"] = "sft"
+    name: str = Field("sft", description="names the run directory")
+    model: str = Field(description="directory of the initial model, or a hub id")
+    run_dir: str | None = Field(None, description="default: runs/<name>")
+    runtime: Literal["ray", "local"] = "ray"
+    address: str | None = Field(None, description="Ray cluster; null: start one here, auto: the one around")
+    seed: int = 0
+    steps: int = Field(ge=1, description="optimizer steps; the data repeats, reshuffled")
+    batch_size: int = Field(32, ge=1, description="demonstrations per step")
+    data: DataSpec
+    held_out: HeldOutSpec = HeldOutSpec()
+    render: RenderSpec = RenderSpec()
+    train_on: TrainOn = "all_assistant"
+    optimizer: OptimizerSpec = OptimizerSpec(learning_rate=1e-5)
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    observe: ObserveSpec = ObserveSpec()
+    trainer: TrainerSpec = TrainerSpec()
+
+
+Config = SFTConfig
+
+
+def runtime_spec(config: SFTConfig) -> RuntimeSpec:
+    """What this recipe needs started: a trainer."""
+    return RuntimeSpec(
+        model=check_model_dir(config.model),
+        run_dir=str(run_path(config)),
+        trainer=config.trainer,
+        sampler=SamplerSpec(),
+        weights=WeightsSpec(),
+        roles=("trainer",),
+    )
+
+
+def run_path(config: SFTConfig) -> Path:
+    """The run directory, absolute: actors on other nodes see the same path."""
+    return Path(config.run_dir or f"runs/{config.name}").expanduser().resolve()
+
+
+async def run(
+    config: SFTConfig, runtime: Runtime, *, resume: bool = False, stop: asyncio.Event | None = None
+) -> Mapping[str, float]:
+    """Train; returns the last step's metrics. With `stop` set, ends after the running step, with a checkpoint."""
+    stop = stop or asyncio.Event()
+    run_dir = open_run_dir(run_path(config), config, resume=resume)
+    rows = await asyncio.to_thread(load_rows, config.data)
+    train, held_out = split_held_out(rows, config.held_out.num_prompts, config.render.prompt_field)
+    tokenizer = runtime.tokenizer()
+
+    def render(row: Mapping[str, object]) -> Datum:
+        example = supervised_example(row, config.render)
+        demonstration = render_supervised(example, tokenizer, config.train_on, config.render)
+        return to_datum(demonstration.tokens_T, demonstration.weights_T)
+
+    datums = [render(row) for row in train]
+    held_out_datums = [render(row) for row in held_out]
+    if not datums:
+        raise DataError(f"{config.data.source}: no demonstrations to train on")
+    trainer = await runtime.trainer()
+    checkpoints = FileCheckpointStore(run_dir.checkpoints, keep_last=config.checkpoint.keep_last)
+    version = 0
+    if resume and (latest := await checkpoints.latest()) is not None:
+        version = await trainer.load(str(await checkpoints.open(latest.name)))
+    sink = run_dir.sinks(config.observe, config.name, config)
+    metrics: dict[str, float] = {}
+    try:
+        while version < config.steps and not stop.is_set():
+            batch = batch_of(datums, config.batch_size, version, config.seed)
+            metrics = await _step(trainer, batch, config, version)
+            version += 1
+            if held_out_datums and (version % 50 == 0 or version == config.steps):
+                metrics["eval/loss"] = await _loss(trainer, held_out_datums)
+            sink.write(version, metrics)
+            if config.checkpoint.every and version % config.checkpoint.every == 0 and version < config.steps:
+                await save_checkpoint(checkpoints, trainer, version)
+        await save_checkpoint(checkpoints, trainer, version)
+        if version >= config.steps:
+            await trainer.save_pretrained(str(run_dir.model))
+    finally:
+        sink.close()
+    return metrics
+
+
+def batch_of(datums: Sequence[Datum], batch_size: int, step: int, seed: int) -> list[Datum]:
+    """The rows of one step: epochs of all rows, each in its own order, cut end to end into batches."""
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    epochs = {position // len(datums) for position in positions}
+    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(len(datums)) for epoch in epochs}
+    return [datums[int(orders[position // len(datums)][position % len(datums)])] for position in positions]
+
+
+async def save_checkpoint(checkpoints: FileCheckpointStore, trainer: Trainer, version: int) -> None:
+    """A resumable checkpoint of `version`, unless it is there already."""
+    name = f"step-{version}"
+    if all(manifest.name != name for manifest in await checkpoints.list()):
+        await checkpoints.save(name, lambda path: trainer.save(str(path)), step=version, extra={})
+
+
+async def _step(trainer: Trainer, batch: Sequence[Datum], config: SFTConfig, version: int) -> dict[str, float]:
+    started = time.perf_counter()
+    adam = config.optimizer.adam(version, config.steps)
+    forward = await trainer.forward_backward(batch, LossSpec("cross_entropy"))
+    result = await trainer.optim_step(adam, "num_loss_tokens")
+    tokens = max(forward.metrics["num_loss_tokens:sum"], 1e-12)
+    return {
+        "train/loss": forward.metrics["loss:sum"] / tokens,
+        "train/num_loss_tokens": tokens,
+        "train/grad_norm": result.metrics["grad_norm:last"],
+        "train/learning_rate": adam.learning_rate,
+        "train/version": float(result.version),
+        "perf/step_s": time.perf_counter() - started,
+    }
+
+
+async def _loss(trainer: Trainer, datums: Sequence[Datum]) -> float:
+    """Mean negative log-likelihood per learned token."""
+    logprobs = (await trainer.forward(datums)).logprobs
+    weights = [datum.loss_inputs["weights"] for datum in datums]
+    total = sum(float(w.sum()) for w in weights)
+    return -sum(float((lp * w).sum()) for lp, w in zip(logprobs, weights, strict=True)) / max(total, 1e-12)
