@@ -253,6 +253,53 @@ class StepResult:
     metrics: Mapping[str, float]
 
 
+# --- checkpoints ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of a checkpoint: the xxh3-128 hex digest of its bytes, and how many there are."""
+
+    digest: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointManifest:
+    """What a checkpoint is. `step` is the trainer's version; `created_s` is Unix time, seconds.
+
+    `files` are by POSIX path relative to the checkpoint. `resumable`: a run can go on from it (optimizer and RNG are
+    there). `pinned`: never deleted to make room. `ttl_seconds`: deleted that long after `created_s`.
+    """
+
+    name: str
+    step: int
+    created_s: float
+    files: Mapping[str, FileEntry]
+    config_digest: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    ttl_seconds: float | None = None
+    pinned: bool = False
+    resumable: bool = True
+
+    @property
+    def size_bytes(self) -> int:
+        """All files together."""
+        return sum(entry.size_bytes for entry in self.files.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose every file has just been checked against its digest.
+
+    `skipped` says, newest first, which newer ones were passed over because they are damaged, and how.
+    """
+
+    manifest: CheckpointManifest
+    path: str
+    skipped: tuple[str, ...] = ()
+
+
 # --- weights ----------------------------------------------------------------------------------------------
 
 ManifestKind = Literal["anchor", "delta"]
