@@ -67,6 +67,7 @@ FULL_MARGIN = 0.8
 """A delta takes `full` only below this share of the size of `xor`."""
 SAMPLE_ELEMENTS = 1 << 16
 _MAX_RAW_PER_BLOCK = 128 << 10
+_MAX_ELEMENTS = 1 << 59
 
 
 # --- encode -----------------------------------------------------------------------------------------------
@@ -315,7 +316,9 @@ def _check_entry(manifest: Manifest, entry: TensorEntry) -> None:
         fits = entry.length == total and 0 <= entry.changed <= elements
     if manifest.kind == "anchor" and entry.coding != "full":
         fits = False
-    if not fits or min(entry.shape, default=0) < 0:
+    if len(entry.shape) > 64 or min(entry.shape, default=0) < 0 or prod(max(1, d) for d in entry.shape) > _MAX_ELEMENTS:
+        fits = False  # no array can have this shape
+    if not fits:
         raise _malformed(manifest, f"tensor {entry.name!r} ({entry.coding}, {entry.shape}, {entry.changed} changed) "
                          f"cannot take {entry.length} bytes")  # fmt: skip
 
