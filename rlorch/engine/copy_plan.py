@@ -299,7 +299,7 @@ def _pieces(target: torch.Tensor, source: torch.Tensor) -> list[tuple[int, int, 
     if target.shape != source.shape:
         if target.numel() != source.numel() or not (target.is_contiguous() and source.is_contiguous()):
             return None
-        return [(target.storage_offset(), source.storage_offset(), target.numel())]
+        return [(int(target.storage_offset()), int(source.storage_offset()), target.numel())]
     axes = [axis for axis in zip(target.shape, target.stride(), source.stride(), strict=True) if axis[0] != 1]
     run = 1
     while axes and axes[-1][1] == axes[-1][2] == run:
@@ -312,7 +312,7 @@ def _pieces(target: torch.Tensor, source: torch.Tensor) -> list[tuple[int, int, 
         destinations = (destinations[:, None] + steps * target_stride).reshape(-1)
         sources = (sources[:, None] + steps * source_stride).reshape(-1)
     return [
-        (target.storage_offset() + int(destination), source.storage_offset() + int(start), run)
+        (int(target.storage_offset()) + int(destination), int(source.storage_offset()) + int(start), run)
         for destination, start in zip(destinations, sources, strict=True)
     ]
 

@@ -247,6 +247,7 @@ def _after(old: Bits, update: TensorUpdate) -> Bits:
         return np.array(update.full).reshape(-1)
     if update.xor_dense is not None:
         return np.asarray(old ^ update.xor_dense.reshape(-1))
+    assert update.xor_K is not None, f"{update.name}: an update without content"
     new = old.copy()
     new[update.index_K] ^= update.xor_K
     return new

@@ -1,18 +1,43 @@
-"""What an engine must know of a model directory before it loads anything."""
+"""What a sampler engine must know of a model before it loads it."""
 
 import json
+import os
 from pathlib import Path
 
 from rlorch.errors import ModelError
 from rlorch.specs import Dtype
 
+NOT_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt")
+"""What is fetched of a hub model: config and tokenizer. Weights arrive by `load`."""
 
-def check_model_dir(model_dir: str | Path) -> Path:
-    """The directory, absolute. Raises `ModelError` if it holds no model config."""
-    path = Path(model_dir).resolve()
+
+def local_model_dir(model: str | Path) -> Path:
+    """The model's directory; a hub id is fetched without its weights.
+
+    A local directory switches the hub off for this process, where the user has not decided: look-ups of a model that
+    is already here only cost time, and hang where there is no network.
+
+    Raises:
+        ModelError: there is no such model, or no config in it.
+    """
+    path = Path(model).resolve()
+    if path.is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    else:
+        path = _fetch(str(model))
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json: a model directory as save_pretrained writes it is needed")
     return path
+
+
+def _fetch(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(NOT_WEIGHTS)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"{model!r} is neither a directory nor a hub model that can be fetched: {error}") from error
 
 
 def stop_token_ids(model_dir: Path) -> tuple[int, ...]:
@@ -27,7 +52,7 @@ def stop_token_ids(model_dir: Path) -> tuple[int, ...]:
 
 def has_tokenizer(model_dir: Path) -> bool:
     """Whether the directory holds a tokenizer; stop strings need one."""
-    return any((model_dir / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    return any((model_dir / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def resolve_dtype(dtype: Dtype) -> str:

@@ -95,10 +95,11 @@ class SamplerEngine(Protocol):
 def open_sampler_engine(
     model_dir: str | Path, spec: SamplerSpec, *, dtype: Dtype = "auto", live_digest_every: int = 10
 ) -> SamplerEngine:
-    """Start an engine for the model in a local directory; it serves after its first `load`.
+    """Start an engine for a model; it serves after its first `load`.
 
     Args:
-        model_dir: a directory as `save_pretrained` writes it. The weights in it are not served.
+        model_dir: a directory as `save_pretrained` writes it, or a hub id. Only its config and tokenizer are read:
+            weights arrive by `load`.
         spec: `engine` auto takes vLLM where it is installed.
         dtype: of weights and compute: what the trainer publishes (`TrainerSpec.serve_dtype`; auto: bfloat16).
         live_digest_every: commits between digests of all live tensors (`WeightsSpec.live_digest_every`).

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from rlorch.engine.live_weights import LiveWeights
-from rlorch.engine.model_dir import check_model_dir, has_tokenizer, resolve_dtype, stop_token_ids
+from rlorch.engine.model_dir import has_tokenizer, local_model_dir, resolve_dtype, stop_token_ids
 from rlorch.engine.stepped import Load, Outcome, Sample, SteppedEngine
 from rlorch.errors import ConfigError, ModelError, RetryableError, SelfTestError
 from rlorch.specs import Dtype, SamplerSpec
@@ -34,7 +34,6 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process (see above)
     "VLLM_NO_USAGE_STATS": "1",  # no reports home: training data and models are the user's own
     "DO_NOT_TRACK": "1",  # the same, for what vLLM imports
-    "HF_HUB_OFFLINE": "1",  # the model is a local directory; a hub look-up only costs time and may hang
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the runner that these spans, salts and log-probs were checked with
     "VLLM_LOGGING_LEVEL": "WARNING",  # per-step INFO lines would drown the run's own log
 }
@@ -53,7 +52,7 @@ def open_vllm_engine(
 
     Raises as `rlorch.engine.sampler.open_sampler_engine`.
     """
-    path = check_model_dir(model_dir)
+    path = local_model_dir(model_dir)
     if spec.tensor_parallel > 1:
         raise ConfigError(
             f"sampler.tensor_parallel is {spec.tensor_parallel}, but weights are updated in place on one GPU per "

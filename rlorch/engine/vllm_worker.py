@@ -33,7 +33,7 @@ def keep_weights_unpacked() -> None:
     if getattr(original, "packs", None) is not None:
         return
 
-    def leave_unpacked(layer: torch.nn.Module, remove_weight: bool) -> None:
+    def leave_unpacked(layer: Any, remove_weight: bool) -> None:
         if layer.weight.ndim == 2:
             layer.cpu_linear = torch.nn.functional.linear
         else:
