@@ -19,6 +19,7 @@
     |   +-- DigestMismatchError     bytes or tensors differ from their digest
     |   +-- StaleHeadError          somebody else moved the head
     |   +-- SelfTestError           the engine does not compute with the weights it was given
+    +-- NonFiniteError              a gradient is NaN or infinite: nothing was changed; skip the batch or lower the rate
     +-- StorageError                disk full, unreadable or corrupt files
     +-- InvariantError              a bug in rlorch; the run stops rather than train on wrong data
 
@@ -107,6 +108,10 @@ class StaleHeadError(WeightsError):
 
 class SelfTestError(WeightsError):
     """The engine does not serve the weights it was given."""
+
+
+class NonFiniteError(RlorchError):
+    """A gradient is not finite; the optimizer step was refused and changed nothing."""
 
 
 class StorageError(RlorchError):

@@ -92,6 +92,11 @@ class Loss:
         values = {key: option.default for key, option in self.options.items()}
         return values | {k: self.options[k].parse(f"option {k!r} of loss {self.name!r}", v) for k, v in config.items()}
 
+    def needs(self, config: Config) -> tuple[str, ...]:
+        """Input keys that must be there under this config: `ref_logprobs` joins `required` when `kl_beta` is on."""
+        with_reference = float(config.get("kl_beta", 0.0)) > 0
+        return (*self.required, "ref_logprobs") if with_reference else self.required
+
 
 def nearest(name: str, known: Mapping[str, object]) -> str:
     """A hint for an unknown name: the nearest known one and the list."""

@@ -1,0 +1,181 @@
+"""Datums to micro-batches: check everything, then sort by length and cut by a token budget.
+
+All datums of a call are laid end to end once (`Rows`), so that checks and copies are a few array operations however
+many rows there are. Rows are then sorted by length, longest first, and cut so that rows x longest <= budget; a row
+longer than the budget gets a micro-batch of its own. Results go back by flat index, so the order never leaks out.
+
+Only *selected* positions get logits: those whose mask or weight is not 0 (all of them without a loss).
+
+B rows of a micro-batch, T tokens of its longest row, N positions end to end.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlorch.errors import UserError
+from rlorch.losses import Loss
+from rlorch.losses.record import Config
+from rlorch.types import Datum, Floats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """All datums of a call, end to end. `starts_B` are offsets, `selected_N` the positions that get logits."""
+
+    tokens_N: NDArray[np.int64]
+    targets_N: NDArray[np.int64]
+    inputs: Mapping[str, Floats]
+    selected_N: NDArray[np.bool_]
+    starts_B: NDArray[np.int64]
+    lengths_B: NDArray[np.int64]
+
+    def unpack(self, values_N: Floats) -> tuple[Floats, ...]:
+        """One array per datum, in order."""
+        return tuple(np.split(values_N, self.starts_B[1:]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MicroBatch:
+    """One forward pass. N counts the selected positions of its rows.
+
+    `positions_N` index the flattened [B*T] grid, `sources_N` the end-to-end layout of `Rows`; `lengths_B` are the
+    selected positions per row.
+    """
+
+    tokens_BT: Tensor
+    positions_N: Tensor
+    targets_N: Tensor
+    inputs: Mapping[str, Tensor]
+    lengths_B: Tensor
+    sources_N: NDArray[np.int64]
+
+
+def lay_out(
+    datums: Sequence[Datum], *, vocab_size: int, max_tokens: int, loss: Loss | None = None, config: Config | None = None
+) -> Rows:
+    """Check the datums against the model and the loss, and lay them end to end.
+
+    Raises:
+        UserError: naming the datum's index and the key: a missing key, a wrong shape, a token outside the
+            vocabulary, a number that is not finite, a negative mask, a row too long for the model.
+    """
+    if not datums:
+        raise UserError("there are no datums")
+    lengths_B = np.array([_length(index, datum, max_tokens) for index, datum in enumerate(datums)])
+    starts_B = np.cumsum(lengths_B) - lengths_B
+    tokens_N = np.concatenate([np.asarray(datum.tokens_T) for datum in datums])
+    targets_N = _joined(datums, lengths_B, "target_tokens")
+    _require(starts_B, (tokens_N >= 0) & (tokens_N < vocab_size), "tokens", f"a token id outside [0, {vocab_size})")
+    _require(
+        starts_B, (targets_N >= 0) & (targets_N < vocab_size), "target_tokens", f"a token id outside [0, {vocab_size})"
+    )
+    inputs: dict[str, Floats] = {}
+    selected_N = np.ones(len(tokens_N), dtype=np.bool_)
+    if loss is not None:
+        inputs = _loss_inputs(datums, lengths_B, loss, loss.needs(config or {}))
+        if loss.selector in inputs:
+            selected_N = inputs[loss.selector] != 0
+        for key, values_N in inputs.items():
+            _require(starts_B, np.isfinite(values_N) | ~selected_N, key, "a value that is not finite")
+        if loss.selector in inputs and not loss.signed:
+            _require(starts_B, inputs[loss.selector] >= 0, loss.selector, "a negative value")
+    return Rows(
+        tokens_N.astype(np.int64, copy=False),
+        targets_N.astype(np.int64, copy=False),
+        inputs,
+        selected_N,
+        starts_B,
+        lengths_B,
+    )
+
+
+def cut(lengths_B: NDArray[np.int64], budget_tokens: int) -> list[NDArray[np.int64]]:
+    """Row indices of each micro-batch: longest rows first, rows x longest <= budget, at least one row each."""
+    order_B = np.argsort(-lengths_B, kind="stable")
+    batches: list[NDArray[np.int64]] = []
+    start = 0
+    while start < len(order_B):
+        size = max(1, budget_tokens // int(lengths_B[order_B[start]]))
+        batches.append(order_B[start : start + size])
+        start += size
+    return batches
+
+
+def micro_batches(rows: Rows, budget_tokens: int, device: torch.device) -> Iterator[MicroBatch]:
+    """The micro-batches of a call, on the device, one at a time; those without a selected position are left out."""
+    for batch_B in cut(rows.lengths_B, budget_tokens):
+        lengths_B = rows.lengths_B[batch_B]
+        width = int(lengths_B[0])
+        row_N = np.repeat(np.arange(len(batch_B)), lengths_B)
+        column_N = np.arange(len(row_N)) - np.repeat(np.cumsum(lengths_B) - lengths_B, lengths_B)
+        source_N = np.repeat(rows.starts_B[batch_B], lengths_B) + column_N
+        keep_N = rows.selected_N[source_N]
+        if not keep_N.any():
+            continue
+        tokens_BT = np.zeros((len(batch_B), width), dtype=np.int64)
+        tokens_BT[row_N, column_N] = rows.tokens_N[source_N]
+        kept_N = source_N[keep_N]
+
+        def send(array: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(array).to(device, non_blocking=True)
+
+        yield MicroBatch(
+            tokens_BT=send(tokens_BT),
+            positions_N=send((row_N * width + column_N)[keep_N]),
+            targets_N=send(rows.targets_N[kept_N]),
+            inputs={key: send(values_N[kept_N]) for key, values_N in rows.inputs.items()},
+            lengths_B=send(np.bincount(row_N[keep_N], minlength=len(batch_B))),
+            sources_N=kept_N,
+        )
+
+
+def _length(index: int, datum: Datum, max_tokens: int) -> int:
+    """Tokens of a datum, checked."""
+    shape = np.shape(datum.tokens_T)
+    if len(shape) != 1 or shape[0] == 0:
+        raise UserError(f"datum {index}: tokens have shape {shape}; one row of at least one token is needed")
+    if shape[0] > max_tokens:
+        raise UserError(f"datum {index}: {shape[0]} tokens; the model's positions end at {max_tokens}: shorten the row")
+    if np.asarray(datum.tokens_T).dtype.kind not in "iu":
+        raise UserError(f"datum {index}: tokens have dtype {np.asarray(datum.tokens_T).dtype}; integers are needed")
+    return shape[0]
+
+
+def _joined(datums: Sequence[Datum], lengths_B: NDArray[np.int64], key: str) -> NDArray[Any]:
+    """One loss input of all datums, end to end, shapes checked."""
+    arrays: list[NDArray[Any]] = []
+    for index, datum in enumerate(datums):
+        if key not in datum.loss_inputs:
+            raise UserError(f"datum {index}: loss input {key!r} is missing; it has {sorted(datum.loss_inputs)}")
+        array = np.asarray(datum.loss_inputs[key])
+        if array.shape != (lengths_B[index],):
+            raise UserError(
+                f"datum {index}: loss input {key!r} has shape {array.shape}, the datum has {lengths_B[index]} tokens"
+            )
+        if array.dtype.kind not in ("iu" if key == "target_tokens" else "iufb"):
+            raise UserError(f"datum {index}: loss input {key!r} has dtype {array.dtype}")
+        arrays.append(array)
+    return np.concatenate(arrays)
+
+
+def _loss_inputs(
+    datums: Sequence[Datum], lengths_B: NDArray[np.int64], loss: Loss, needed: Sequence[str]
+) -> dict[str, Floats]:
+    """The float inputs that the loss reads. An optional key is there for all datums or for none."""
+    optional = [key for key in loss.optional if key not in needed and any(key in d.loss_inputs for d in datums)]
+    return {key: _joined(datums, lengths_B, key).astype(np.float32, copy=False) for key in (*needed, *optional)}
+
+
+def _require(starts_B: NDArray[np.int64], good_N: NDArray[np.bool_], key: str, problem: str) -> None:
+    """Raise `UserError` naming the datum and position of the first False."""
+    if good_N.all():
+        return
+    flat = int(np.argmin(good_N))
+    index = int(np.searchsorted(starts_B, flat, side="right")) - 1
+    raise UserError(f"datum {index}: {key} holds {problem} at position {flat - int(starts_B[index])}")

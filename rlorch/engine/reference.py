@@ -1,0 +1,30 @@
+"""The reference: a frozen policy that only scores."""
+
+from collections.abc import Sequence
+
+import torch
+
+from rlorch.engine.forward import score
+from rlorch.engine.model import load_policy
+from rlorch.specs import TrainerSpec
+from rlorch.types import Datum, Floats
+
+
+class TorchReference:
+    """The initial weights, forward only: no gradient, no optimizer. Synchronous; one caller at a time.
+
+    The weights stay float32 under the trainer's compute dtype (4 bytes per parameter), so that an untrained policy's
+    KL to the reference is exactly 0.
+    """
+
+    def __init__(self, model: str, spec: TrainerSpec) -> None:
+        """Load `model`. Raises `ModelError`, `PlacementError`, `ConfigError` (see `load_policy`)."""
+        if spec.threads is not None:
+            torch.set_num_threads(spec.threads)
+        self._spec = spec
+        self._policy = load_policy(model, device=spec.device, compute_dtype=spec.compute_dtype)
+        self._policy.model.requires_grad_(False)
+
+    def logprobs(self, datums: Sequence[Datum]) -> tuple[Floats, ...]:
+        """Target log-probabilities, one float32 array of length T per datum, in order. Raises `UserError`."""
+        return score(self._policy, self._spec, datums)

@@ -1,0 +1,57 @@
+"""The weights as samplers get them: bits of every checkpoint tensor in the serve dtype.
+
+Names and layout are those of the model's own checkpoint: tied weights appear once, and what transformers fuses or
+renames while loading is undone. The bits are copies in host memory: training may go on while they are encoded.
+
+P elements of one tensor.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from rlorch.errors import ConfigError
+from rlorch.specs import Dtype
+
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
+
+Bits = NDArray[np.unsignedinteger[Any]]
+
+
+def resolve_serve_dtype(name: Dtype) -> torch.dtype:
+    """The dtype that samplers get; "auto" is bfloat16."""
+    dtype = torch.bfloat16 if name == "auto" else getattr(torch, name, None)
+    if dtype not in DTYPE_NAMES:
+        raise ConfigError(f"serve_dtype is {name!r}; it must be auto, bfloat16, float16 or float32")
+    return dtype
+
+
+def checkpoint_tensors(model: Any) -> dict[str, Tensor]:
+    """Live float tensors by checkpoint name, in the order of the model; a tied tensor once, under its source's name."""
+    tied = set(model.all_tied_weights_keys)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    with torch.no_grad():
+        reverted = revert_weight_conversion(model, state)
+    return {name: tensor.detach() for name, tensor in reverted.items() if tensor.is_floating_point()}
+
+
+def serving_tensors(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies in the serve dtype, in host memory (pinned while a GPU fills them), by checkpoint name."""
+    copies: dict[str, Tensor] = {}
+    for name, tensor in checkpoint_tensors(model).items():
+        copy = torch.empty(tensor.shape, dtype=dtype, pin_memory=tensor.is_cuda)
+        copies[name] = copy.copy_(tensor.to(dtype), non_blocking=True)
+    if any(copy.is_pinned() for copy in copies.values()):
+        torch.cuda.synchronize()
+    return copies
+
+
+def bit_views(tensors: dict[str, Tensor]) -> tuple[dict[str, Bits], dict[str, str]]:
+    """(unsigned-integer views with the tensors' shapes, safetensors dtype names), by name."""
+    views = {name: tensor.view(_BITS[tensor.dtype]).numpy() for name, tensor in tensors.items()}
+    return views, {name: DTYPE_NAMES[tensor.dtype] for name, tensor in tensors.items()}
