@@ -1,1 +1,28 @@
-"""How one prompt becomes one token-exact trajectory: single turn, multi-turn, environments."""
+"""From a prompt to token-exact trajectories.
+
+A rollout keeps the tokens that were read and the tokens that were sampled, as they were: nothing is decoded and
+encoded again on the way to the trainer. `rollout_group` asks for all G completions of a prompt at once;
+`rollout_episodes` lets an `Environment` answer the policy for several turns; `trajectory_arrays` lays a rollout out
+for the trainer.
+
+A sampling error leaves by exception (the pool has retried it already); an error of an environment is a verdict.
+"""
+
+from rlorch.rollout.arrays import TrajectoryArrays, trajectory_arrays
+from rlorch.rollout.environment import Environment, Observation
+from rlorch.rollout.multi_turn import EpisodeLimits, EpisodeSetup, SessionSample, rollout_episode, rollout_episodes
+from rlorch.rollout.single_turn import Sample, rollout_group
+
+__all__ = [
+    "Environment",
+    "EpisodeLimits",
+    "EpisodeSetup",
+    "Observation",
+    "Sample",
+    "SessionSample",
+    "TrajectoryArrays",
+    "rollout_episode",
+    "rollout_episodes",
+    "rollout_group",
+    "trajectory_arrays",
+]

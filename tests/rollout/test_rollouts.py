@@ -1,0 +1,381 @@
+"""Rollouts: arrays against a per-token reference, groups in one request, episodes token for token."""
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlorch.errors import DataError, InvariantError, ReplicaLostError
+from rlorch.rollout import (
+    Environment,
+    EpisodeLimits,
+    EpisodeSetup,
+    Observation,
+    rollout_episode,
+    rollout_episodes,
+    rollout_group,
+    trajectory_arrays,
+)
+from rlorch.sim.loop import run_virtual
+from rlorch.types import Completion, FinishReason, Prompt, Rollout, SamplingParams, Turn, VersionSpan
+
+EOS = 0
+
+
+class Letters:
+    """One token per character; token 0 is EOS and has no text."""
+
+    eos_token_id: int | None = EOS
+    chat_template = "letters"
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [EOS if letter == "$" else ord(letter) for letter in text]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return "".join(chr(token) for token in token_ids if token != EOS)
+
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        text = "".join(f"[{message['role'][0]}]{message['content']}$" for message in conversation)
+        return text + ("[a]" if options["add_generation_prompt"] else "")
+
+
+def completion(tokens: Sequence[int], reason: FinishReason = "stop", version: int = 3) -> Completion:
+    logprobs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
+    return Completion(np.asarray(tokens, np.int32), logprobs, reason, (VersionSpan(version, 0, len(tokens)),))
+
+
+def prompt(text: str = "ask:") -> Prompt:
+    return Prompt(7, text, np.asarray(Letters().encode(text), np.int32), {"prompt": text, "answer": "x"})
+
+
+# --- arrays -----------------------------------------------------------------------------------------------
+
+token_lists = st.lists(st.integers(1, 9), max_size=4)
+
+
+@st.composite
+def trajectories(draw: st.DrawFn) -> Rollout:
+    turns: list[Turn] = []
+    for number in range(draw(st.integers(1, 4))):
+        context = draw(st.lists(st.integers(1, 9), min_size=1 if number == 0 else 0, max_size=4))
+        turns.append(Turn(np.asarray(context, np.int32), completion(draw(token_lists))))
+    return Rollout(1, 0, prompt(), tuple(turns), "")
+
+
+def one_token_at_a_time(rollout: Rollout) -> tuple[list[int], list[int], list[float], list[float]]:
+    """The slow definition: walk the trajectory and note, for each token but the first, where it came from."""
+    seen: list[tuple[int, float, float]] = []
+    for turn in rollout.turns:
+        seen += [(int(token), 0.0, 0.0) for token in turn.context_T]
+        sampled = zip(turn.completion.tokens_T, turn.completion.logprobs_T, strict=True)
+        seen += [(int(token), float(logprob), 1.0) for token, logprob in sampled]
+    pairs = list(itertools.pairwise(seen))
+    return (
+        [before[0] for before, _ in pairs],
+        [after[0] for _, after in pairs],
+        [after[1] for _, after in pairs],
+        [after[2] for _, after in pairs],
+    )
+
+
+@settings(deadline=None)
+@given(trajectories())
+def test_arrays_equal_the_walk_over_single_tokens(rollout: Rollout) -> None:
+    arrays = trajectory_arrays(rollout)
+    tokens, targets, logprobs, mask = one_token_at_a_time(rollout)
+    assert arrays.tokens_T.tolist() == tokens
+    assert arrays.target_tokens_T.tolist() == targets
+    assert arrays.logprobs_T.tolist() == logprobs
+    assert arrays.mask_T.tolist() == mask
+    assert arrays.mask_T.sum() == rollout.num_sampled_tokens
+    assert (arrays.tokens_T.dtype, arrays.target_tokens_T.dtype) == (np.int64, np.int64)
+    assert (arrays.logprobs_T.dtype, arrays.mask_T.dtype) == (np.float32, np.float32)
+
+
+def test_arrays_refuse_a_missing_prompt_and_missing_logprobs() -> None:
+    sampled = completion([1, 2])
+    with pytest.raises(ValueError, match="the prompt has no tokens"):
+        trajectory_arrays(Rollout(1, 0, prompt(), (Turn(np.zeros(0, np.int32), sampled),), ""))
+    short = Completion(sampled.tokens_T, sampled.logprobs_T[:1], "stop", sampled.spans)
+    with pytest.raises(ValueError, match="group 1 rollout 0 turn 0: 1 log-probs for 2 tokens"):
+        trajectory_arrays(Rollout(1, 0, prompt(), (Turn(prompt().tokens_T, short),), ""))
+
+
+# --- one turn ---------------------------------------------------------------------------------------------
+
+
+async def test_a_group_is_one_request_for_all_completions() -> None:
+    asked: list[tuple[list[int], int, str]] = []
+
+    async def sample(prompt_T: Any, params: SamplingParams, request_id: str) -> tuple[Completion, ...]:
+        asked.append((prompt_T.tolist(), params.n, request_id))
+        return tuple(completion(Letters().encode(text)) for text in ("ab$", "c$"))
+
+    rollouts = await rollout_group(
+        prompt(), group_id=7, params=SamplingParams(n=2), sample=sample, tokenizer=Letters(), request_prefix="eval"
+    )
+    assert asked == [(Letters().encode("ask:"), 2, "eval-7")]
+    assert [(rollout.index, rollout.text, rollout.verdict) for rollout in rollouts] == [(0, "ab", None), (1, "c", None)]
+    assert rollouts[1].turns[0].context_T.tolist() == prompt().tokens_T.tolist()
+
+
+async def test_a_wrong_number_of_completions_stops_the_run() -> None:
+    async def sample(*_: Any) -> tuple[Completion, ...]:
+        return (completion([1]),)
+
+    with pytest.raises(InvariantError, match="group 7: asked for 2 completions, the sampler gave 1"):
+        await rollout_group(prompt(), group_id=7, params=SamplingParams(n=2), sample=sample, tokenizer=Letters())
+
+
+# --- episodes ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Policy:
+    """Samples what it was told to, turn after turn, and notes what it was asked."""
+
+    says: Sequence[str]
+    asked: list[tuple[str, SamplingParams, str, str | None]] = field(default_factory=list)
+
+    async def __call__(
+        self, prompt_T: Any, params: SamplingParams, request_id: str, *, session: str | None = None
+    ) -> tuple[Completion, ...]:
+        text = self.says[int(request_id.rsplit(".", 1)[1])]
+        self.asked.append((Letters().decode(prompt_T.tolist()), params, request_id, session))
+        tokens = Letters().encode(text)[: params.max_tokens]
+        return (completion(tokens, "stop" if tokens[-1:] == [EOS] else "length"),)
+
+
+@dataclass
+class Echo:
+    """Answers each turn from a list; counts how often it was closed."""
+
+    answers: Sequence[Observation | Exception]
+    first: Observation | Exception = field(default_factory=Observation)
+    heard: list[str] = field(default_factory=list)
+    closed: int = 0
+
+    async def reset(self, row: Mapping[str, Any]) -> Observation:
+        return self._give(self.first)
+
+    async def step(self, completion: str, rollout: Rollout) -> Observation:
+        assert rollout.turns[-1].completion.tokens_T.size
+        self.heard.append(completion)
+        return self._give(self.answers[len(self.heard) - 1])
+
+    async def close(self) -> None:
+        self.closed += 1
+
+    def _give(self, answer: Observation | Exception) -> Observation:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def setup(environment: Callable[[], Environment], policy: Policy, **changes: Any) -> EpisodeSetup:
+    fields: dict[str, Any] = {
+        "prompt": prompt(),
+        "group_id": 7,
+        "make_environment": environment,
+        "params": SamplingParams(max_tokens=10),
+        "sample": policy,
+        "tokenizer": Letters(),
+        "version": lambda: 5,
+    }
+    return EpisodeSetup(**(fields | changes))
+
+
+def read_and_said(rollout: Rollout) -> list[tuple[str, str]]:
+    letters = Letters()
+    return [
+        (letters.decode(turn.context_T.tolist()), letters.decode(turn.completion.tokens_T.tolist()))
+        for turn in rollout.turns
+    ]
+
+
+async def test_observations_follow_the_sampled_tokens_and_nothing_is_tokenised_again() -> None:
+    policy = Policy(["one$", "two$"])
+    echo = Echo([Observation(text=" more?"), Observation(done=True, reward=1.0)])
+    rollout = await rollout_episode(setup(lambda: echo, policy), 0)
+    assert read_and_said(rollout) == [("ask:", "one"), (" more?", "two")]
+    assert rollout.text == "one\ntwo"
+    arrays = trajectory_arrays(rollout)
+    assert [*arrays.tokens_T[:1].tolist(), *arrays.target_tokens_T.tolist()] == Letters().encode("ask:one$ more?two$")
+    assert policy.asked[1][0] == "ask:one more?"
+    assert rollout.verdict is not None
+    assert (rollout.verdict.score, rollout.verdict.parts) == (1.0, {"turn_1": 1.0})
+    assert (echo.heard, echo.closed) == (["one", "two"], 1)
+
+
+async def test_message_observations_are_bridged_by_the_chat_template() -> None:
+    policy = Policy(["one$", "two$"])
+    observation = Observation(messages=({"role": "user", "content": "go on"},))
+    rollout = await rollout_episode(setup(lambda: Echo([observation, Observation(done=True)]), policy), 0)
+    assert read_and_said(rollout)[1] == ("[u]go on[a]", "two")
+    assert rollout.verdict is None
+
+
+async def test_reset_may_replace_the_prompt_by_messages_or_add_to_it() -> None:
+    policy, end = Policy(["one$"]), [Observation(done=True)]
+    begun = Observation(messages=({"role": "user", "content": "hi"},))
+    replaced = await rollout_episode(setup(lambda: Echo(end, begun), policy), 0)
+    assert read_and_said(replaced) == [("[u]hi[a]", "one")]
+    added = await rollout_episode(setup(lambda: Echo(end, Observation(tokens=(65, 66))), policy), 0)
+    assert read_and_said(added) == [("ask:AB", "one")]
+
+
+async def test_rewards_of_all_turns_are_summed_and_named() -> None:
+    answers = [Observation(text="?", reward=0.25), Observation(text="?"), Observation(reward=-1.0, done=True)]
+    rollout = await rollout_episode(setup(lambda: Echo(answers), Policy(["a$", "b$", "c$"])), 0)
+    assert rollout.verdict is not None
+    assert (rollout.verdict.score, rollout.verdict.parts) == (-0.75, {"turn_0": 0.25, "turn_2": -1.0})
+
+
+async def test_the_turn_budget_ends_an_episode() -> None:
+    echo = Echo([Observation(text="?", reward=1.0)] * 9)
+    limits = EpisodeLimits(max_turns=3)
+    rollout = await rollout_episode(setup(lambda: echo, Policy(["a$"] * 9), limits=limits), 0)
+    assert len(rollout.turns) == 3
+    assert rollout.verdict is not None
+    assert rollout.verdict.score == 3.0
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(1, 6), min_size=6, max_size=6),
+    st.lists(st.integers(0, 5), min_size=6, max_size=6),
+    st.integers(5, 40),
+    st.integers(1, 20),
+    st.integers(1, 6),
+)
+def test_no_budget_is_ever_exceeded(
+    said: list[int], observed: list[int], context: int, sampled: int, turns: int
+) -> None:
+    echo = Echo([Observation(text="o" * length) for length in observed])
+    policy = Policy(["s" * (length - 1) + "$" for length in said])
+    limits = EpisodeLimits(max_turns=turns, max_context_tokens=context, max_sampled_tokens=sampled)
+    rollout = asyncio.run(rollout_episode(setup(lambda: echo, policy, limits=limits), 0))
+    assert 1 <= len(rollout.turns) <= turns
+    assert rollout.num_sampled_tokens <= sampled
+    assert sum(len(turn.context_T) + len(turn.completion.tokens_T) for turn in rollout.turns) <= context
+    assert len(echo.heard) == len(rollout.turns)
+    assert all(turn.completion.finish_reason == "stop" for turn in rollout.turns[:-1])
+
+
+async def test_a_turn_that_was_cut_off_is_shown_to_the_environment_and_is_the_last() -> None:
+    echo = Echo([Observation(text="?", reward=0.5)])
+    policy = Policy(["never ends"])
+    rollout = await rollout_episode(setup(lambda: echo, policy, params=SamplingParams(max_tokens=3)), 0)
+    assert (echo.heard, rollout.finish_reason) == (["nev"], "length")
+    assert rollout.verdict is not None
+    assert rollout.verdict.score == 0.5
+
+
+@pytest.mark.parametrize(
+    ("answer", "detail"),
+    [
+        (ValueError("no such move"), "step 1: ValueError: no such move"),
+        (Observation(reward=float("nan")), "step 1: the reward is nan, not a finite number"),
+        ("text", "step 1: returned str, not an Observation"),
+    ],
+)
+async def test_an_environment_that_breaks_is_a_failure_with_the_turns_so_far(answer: Any, detail: str) -> None:
+    echo = Echo([Observation(text="?", reward=1.0), answer])
+    rollout = await rollout_episode(setup(lambda: echo, Policy(["a$", "b$"])), 0)
+    assert rollout.verdict is not None
+    assert (rollout.verdict.failure, rollout.verdict.detail) == ("environment", detail)
+    assert (len(rollout.turns), echo.closed) == (2, 1)
+
+
+async def test_an_episode_that_fails_to_begin_is_a_rollout_without_samples() -> None:
+    def broken() -> Environment:
+        raise OSError("no sandbox")
+
+    for make in (broken, lambda: Echo([], OSError("no sandbox")), lambda: Echo([], Observation(text="o" * 99))):
+        limits = EpisodeLimits(max_context_tokens=50)
+        rollout = await rollout_episode(setup(make, Policy([]), limits=limits), 0)
+        assert rollout.verdict is not None
+        assert rollout.verdict.failure == "environment"
+        assert (rollout.num_sampled_tokens, rollout.oldest_version, rollout.finish_reason) == (0, 5, "abort")
+        assert trajectory_arrays(rollout).mask_T.sum() == 0
+
+
+def test_an_environment_that_does_not_answer_fails_at_its_deadline() -> None:
+    @dataclass
+    class Deaf(Echo):
+        async def step(self, completion: str, rollout: Rollout) -> Observation:
+            return await asyncio.get_running_loop().create_future()
+
+    async def episode() -> tuple[Rollout, float]:
+        rollout = await rollout_episode(
+            setup(lambda: Deaf([]), Policy(["a$"]), limits=EpisodeLimits(environment_timeout_s=20)), 0
+        )
+        return rollout, asyncio.get_running_loop().time()
+
+    rollout, seconds = run_virtual(episode())
+    assert rollout.verdict is not None
+    assert "step 0: the environment does not answer (no answer within 20 s)" in rollout.verdict.detail
+    assert seconds == pytest.approx(20)
+
+
+async def test_an_environment_that_does_not_close_does_not_spoil_the_rollout(caplog: pytest.LogCaptureFixture) -> None:
+    @dataclass
+    class Sticky(Echo):
+        async def close(self) -> None:
+            raise OSError("stuck")
+
+    rollout = await rollout_episode(setup(lambda: Sticky([Observation(done=True, reward=1.0)]), Policy(["a$"])), 0)
+    assert rollout.verdict is not None
+    assert rollout.verdict.score == 1.0
+    assert "group-7.0: the environment did not close" in caplog.text
+
+
+async def test_a_group_of_episodes_shares_a_session_and_nothing_else() -> None:
+    policy, made = Policy(["a$", "b$"]), list[Echo]()
+
+    def make() -> Environment:
+        made.append(Echo([Observation(text="?"), Observation(done=True)]))
+        return made[-1]
+
+    rollouts = await rollout_episodes(setup(make, policy, params=SamplingParams(n=3, seed=100)))
+    assert [rollout.index for rollout in rollouts] == [0, 1, 2]
+    assert len(made) == 3
+    assert {session for *_, session in policy.asked} == {"group-7"}
+    ids = [request_id for _, _, request_id, _ in policy.asked]
+    seeds = [params.seed for _, params, _, _ in policy.asked]
+    assert len(set(ids)) == len(set(seeds)) == 6
+    assert {params.n for _, params, _, _ in policy.asked} == {1}
+
+
+async def test_a_sampling_error_leaves_as_itself_and_closes_all_environments() -> None:
+    made: list[Echo] = []
+
+    def make() -> Environment:
+        made.append(Echo([Observation(text="?")]))
+        return made[-1]
+
+    async def sample(prompt_T: Any, params: Any, request_id: str, *, session: Any = None) -> tuple[Completion, ...]:
+        if request_id.startswith("group-7.1"):
+            raise ReplicaLostError("gone")
+        return await asyncio.get_running_loop().create_future()
+
+    lost: Callable[..., Awaitable[tuple[Completion, ...]]] = sample
+    with pytest.raises(ReplicaLostError, match="gone"):
+        await rollout_episodes(setup(make, Policy([]), sample=lost, params=SamplingParams(n=3)))
+    assert [echo.closed for echo in made] == [1, 1, 1]
+
+
+async def test_a_prompt_without_room_to_answer_is_the_users_to_fix() -> None:
+    with pytest.raises(DataError, match="prompt 7 has 4 tokens; max_context_tokens 4 leaves no room"):
+        await rollout_episode(setup(lambda: Echo([]), Policy([]), limits=EpisodeLimits(max_context_tokens=4)), 0)
+
+
+def test_an_observation_has_one_form() -> None:
+    with pytest.raises(ValueError, match="more than one"):
+        Observation(text="a", tokens=(1,))
