@@ -149,7 +149,7 @@ def _staleness(view: RunView, room: int) -> list[Text]:
     rows: list[Text] = []
     for staleness, count in counts.items():
         more = "+" if staleness == last and max(view.staleness) > last else " "
-        bar = "█" * round(count / total * room) or ("▏" if count else "")
+        bar = "▆" * round(count / total * room) or ("▏" if count else "")
         style = TRAIN if staleness < 2 else WAITS
         rows.append(_line(f"{staleness}{more} ", (f"{percent_text(count / total):>5} ", "bold"), (bar, style)))
     return rows
