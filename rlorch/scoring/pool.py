@@ -6,7 +6,8 @@ worker that is lost (`ReplicaLostError`, or no answer within `call_timeout_s`) i
 restarted; its rollout goes to another worker once, and is then the failure `crash`.
 
 Invariants: at most `slots_per_worker` rollouts are with a worker; at most `capacity` are in the pool, and callers
-wait outside; every wait has a deadline derived from those numbers; cancelling `score` frees its slots.
+wait outside; every wait ends when no call has ended for longer than a call can take; cancelling `score` frees its
+slots.
 """
 
 import asyncio
@@ -15,12 +16,24 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rlorch.aio import Limiter, deadline
-from rlorch.errors import DeadlineError, ReplicaLostError
+from rlorch.errors import DeadlineError, ReplicaLostError, RlorchError
 from rlorch.ports import RewardWorker
+from rlorch.specs import RewardSpec
 from rlorch.types import FailureKind, Rollout, Verdict
+
+# More than `call_timeout_s` of the default RewardSpec.
+CALL_TIMEOUT_S = 600.0
 
 Restart = Callable[[str], Awaitable[RewardWorker]]
 OnLost = Callable[[str, Exception], None]
+
+
+def call_timeout_s(spec: RewardSpec) -> float:
+    """The longest that one call to a worker of `spec` can take, with 10 s to spare.
+
+    A cancelled rollout may use up its budget first, then the process may be restarted twice, then the rollout runs.
+    """
+    return 2 * spec.timeout_s + 2 * spec.start_timeout_s + 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +77,7 @@ class RewardPool:
         self,
         workers: Mapping[str, RewardWorker],
         *,
-        call_timeout_s: float,
+        call_timeout_s: float = CALL_TIMEOUT_S,
         restart: Restart | None = None,
         on_lost: OnLost | None = None,
         slots_per_worker: int = 1,
@@ -74,7 +87,7 @@ class RewardPool:
 
         Args:
             workers: by name.
-            call_timeout_s: longest time of one call: more than the plug-in budget plus a restart of its process.
+            call_timeout_s: longest time of one call; `call_timeout_s(spec)` is what a worker may need.
             restart: starts a lost worker again by its name (`Runtime.reward_worker`), within `call_timeout_s`. None:
                 workers heal by themselves and stay in dispatch.
             on_lost: told the name and the error of every loss.
@@ -90,30 +103,36 @@ class RewardPool:
         self._call_timeout_s = call_timeout_s
         self._restart_worker = restart
         self._on_lost = on_lost
-        self._capacity = capacity
         self._admission = Limiter(capacity)
         self._dispatch = Limiter(len(workers) * slots_per_worker)
         self._scored = 0
         self._failures: Counter[FailureKind] = Counter()
         self._lost = 0
+        self._ended_calls = 0
         self._seconds = 0.0
 
     async def score(self, rollouts: Sequence[Rollout]) -> tuple[Rollout, ...]:
         """The rollouts with their verdicts, in the order given.
 
-        Raises an ExceptionGroup of:
-            DeadlineError: no worker became free in the time that a full queue takes.
+        Raises:
+            DeadlineError: no worker became free, and none ended a call, for longer than two calls can take.
             ReplicaLostError: a lost worker could not be restarted, and there is no other.
             UserError: a worker that was restarted cannot load its plug-ins.
         """
-        async with asyncio.TaskGroup() as group:
-            for slot in self._slots:
-                if slot.lost and not slot.restarting:
-                    group.create_task(self._restart(slot), name=f"restart {slot.name}")
-            tasks = [
-                group.create_task(self._score(rollout, group), name=f"score {rollout.group_id}/{rollout.index}")
-                for rollout in rollouts
-            ]
+        try:
+            async with asyncio.TaskGroup() as group:
+                for slot in self._slots:
+                    if slot.lost and not slot.restarting:
+                        group.create_task(self._restart(slot), name=f"restart {slot.name}")
+                tasks = [
+                    group.create_task(self._score(rollout, group), name=f"score {rollout.group_id}/{rollout.index}")
+                    for rollout in rollouts
+                ]
+        except ExceptionGroup as errors:
+            known, others = errors.split(RlorchError)
+            if known is None or others is not None:
+                raise
+            raise known.exceptions[0] from errors  # callers act on the type; the first one cancelled the rest
         return tuple(replace(rollout, verdict=task.result()) for rollout, task in zip(rollouts, tasks, strict=True))
 
     def view(self) -> RewardPoolView:
@@ -132,11 +151,7 @@ class RewardPool:
         )
 
     async def _score(self, rollout: Rollout, group: asyncio.TaskGroup) -> Verdict:
-        what = (
-            f"rollout {rollout.group_id}/{rollout.index}: the queue of the reward pool does not move; see its workers"
-        )
-        async with deadline(self._queue_timeout_s(2), what):
-            await self._admission.acquire()
+        await self._wait_for(self._admission, rollout)
         try:
             verdict = await self._attempt(rollout, group)
             if isinstance(verdict, Exception):
@@ -151,11 +166,7 @@ class RewardPool:
 
     async def _attempt(self, rollout: Rollout, group: asyncio.TaskGroup) -> Verdict | Exception:
         """One try; the error where the worker was lost."""
-        what = f"rollout {rollout.group_id}/{rollout.index}: no reward worker became free; {self._states()}"
-        async with deadline(self._queue_timeout_s(1), what):
-            await self._dispatch.acquire()
-        slot = min((s for s in self._slots if not s.lost), key=lambda s: s.running)
-        slot.running += 1
+        slot = await self._free_slot(rollout)
         try:
             async with deadline(self._call_timeout_s, f"reward worker {slot.name!r} scoring a rollout"):
                 return await slot.worker.score(rollout)
@@ -163,8 +174,33 @@ class RewardPool:
             self._lose(slot, error, group)
             return error
         finally:
+            self._ended_calls += 1
             slot.running -= 1
             self._dispatch.release()
+
+    async def _free_slot(self, rollout: Rollout) -> _Slot:
+        """The least busy worker, with this rollout counted in."""
+        while True:
+            await self._wait_for(self._dispatch, rollout)
+            free = [slot for slot in self._slots if not slot.lost and slot.running < self._slots_per_worker]
+            if free:
+                slot = min(free, key=lambda slot: slot.running)
+                slot.running += 1
+                return slot
+            self._dispatch.release()  # the worker was lost after the place had been granted; the limit is lower now
+
+    async def _wait_for(self, limiter: Limiter, rollout: Rollout) -> None:
+        """Acquire, for as long as calls keep ending: each ends within `call_timeout_s`."""
+        while True:
+            ended = self._ended_calls
+            states = ", ".join(f"{s.name}: {'lost' if s.lost else f'{s.running} running'}" for s in self._slots)
+            what = f"rollout {rollout.group_id}/{rollout.index}: no reward worker became free; they were {states}"
+            try:
+                async with deadline(2 * self._call_timeout_s, what):
+                    return await limiter.acquire()
+            except DeadlineError:
+                if ended == self._ended_calls:
+                    raise
 
     def _lose(self, slot: _Slot, error: Exception, group: asyncio.TaskGroup) -> None:
         self._lost += 1
@@ -195,16 +231,6 @@ class RewardPool:
             slot.restarting = False
         slot.lost = False
         self._dispatch.resize(self._dispatch.limit + self._slots_per_worker)
-
-    def _queue_timeout_s(self, generations: int) -> float:
-        """The longest that a full pool can take before a newcomer's turn, if every call runs into its deadline.
-
-        Every rollout makes at most two calls, and one worker may have to be restarted before it.
-        """
-        return generations * self._call_timeout_s * (2 * (self._capacity // self._slots_per_worker + 1) + 1)
-
-    def _states(self) -> str:
-        return ", ".join(f"{slot.name}: {'lost' if slot.lost else f'{slot.running} running'}" for slot in self._slots)
 
     def _count(self, verdict: Verdict) -> None:
         self._seconds += verdict.seconds
