@@ -138,9 +138,10 @@ def needs_anchor(chain: Sequence[Manifest], spec: WeightsSpec) -> bool:
 def garbage(live: Sequence[Manifest], keep_anchors: int) -> list[Manifest]:
     """The versions that may be deleted: older than the newest `keep_anchors` chains and needed by none of them."""
     anchors = [manifest for manifest in live if manifest.kind == "anchor"]
-    if len(anchors) <= keep_anchors:
+    if not anchors:
         return []
-    oldest_kept = anchors[-keep_anchors].version
+    # Also with few anchors: a collection that was cut short may have left deltas before the first of them.
+    oldest_kept = anchors[-min(keep_anchors, len(anchors))].version
     needed: set[int] = set()
     for manifest in live:
         if manifest.version >= oldest_kept:

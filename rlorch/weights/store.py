@@ -95,7 +95,8 @@ class FileWeightStore:
         """Delete chains older than the newest `spec.keep_anchors`, rewound versions and remains of crashed writers.
 
         Payloads of versions after the head are left alone (they are about to be published), and so is every key that
-        `payload_key` did not make. Returns the names of the deleted files.
+        `payload_key` did not make. A writer of a version that is not after the head gets a `StorageError` when its
+        unfinished file is taken for remains. Returns the names of the deleted files.
         """
         return await asyncio.to_thread(self._gc)
 
@@ -109,14 +110,15 @@ class FileWeightStore:
             )
 
     def _advance(self, expected: int | None, new: Manifest) -> None:
+        path = self._payloads / check_key(new.payload)
+        # Looked up before the head is: where a rival moved it and collected these bytes, the error is the stale head.
+        stored = path.stat().st_size if path.is_file() else None
         entries = self._entries()
         if chains.moves_head(chains.live_versions(entries.values()), expected, new):
-            with _storage_errors("find", self._payloads / new.payload):
-                stored = (self._payloads / check_key(new.payload)).stat().st_size
             if stored != new.payload_bytes:
                 raise StorageError(
-                    f"{self._payloads / new.payload} has {stored} bytes, its manifest says {new.payload_bytes}: "
-                    "put the payload before moving the head to it"
+                    f"{path} has {stored} bytes, its manifest says {new.payload_bytes}: put the payload before moving "
+                    "the head to it"
                 )
             self._append(max(entries, default=-1) + 1, manifest_to_json(new), new.version)
         with _storage_errors("sync", self._log):
@@ -201,6 +203,11 @@ class FileWeightStore:
                     self._disk.link(temporary, directory / name)
             except FileExistsError:
                 taken = True
+            except FileNotFoundError:
+                # A rival was first and collected what it took for the remains of a crashed writer.
+                taken = name in self._disk.names(directory)
+                if not taken:
+                    raise
             finally:
                 self._disk.unlink(temporary)
             self._disk.sync_directory(directory)
