@@ -180,8 +180,8 @@ class CheckpointStore(Protocol):
         """All checkpoints, oldest first, without reading their files. Idempotent."""
         ...
 
-    async def open(self, name: str) -> Checkpoint:
-        """The named checkpoint, verified. Raises `StorageError`. Idempotent."""
+    async def open(self, name: str) -> Path:
+        """The directory of the named checkpoint, verified. Raises `StorageError`. Idempotent."""
         ...
 
     async def delete(self, name: str) -> None:

@@ -299,6 +299,16 @@ class Checkpoint:
     path: str
     skipped: tuple[str, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """The checkpoint's name."""
+        return self.manifest.name
+
+    @property
+    def step(self) -> int:
+        """The trainer's version."""
+        return self.manifest.step
+
 
 # --- weights ----------------------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 """Checkpoints: a hashed manifest and an atomic directory store with time-to-live."""
 
-from rlorch.checkpoint.manifest import RetentionSpec
 from rlorch.checkpoint.store import FileCheckpointStore
 
-__all__ = ["FileCheckpointStore", "RetentionSpec"]
+__all__ = ["FileCheckpointStore"]

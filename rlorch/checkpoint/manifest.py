@@ -13,25 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import xxhash
-from pydantic import Field
 
 from rlorch.errors import StorageError, UserError
-from rlorch.specs import Spec
 from rlorch.types import CheckpointManifest, FileEntry
 
 MANIFEST_NAME = "checkpoint.json"
 FORMAT = 1
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
-class RetentionSpec(Spec):
-    """Which checkpoints are kept when a new one was written."""
-
-    keep_last: int | None = Field(default=3, ge=1, description="newest checkpoints kept; null keeps all")
-    keep_every: int | None = Field(
-        default=None, ge=1, description="steps; checkpoints at multiples of it are kept for good"
-    )
 
 
 # --- names ------------------------------------------------------------------------------------------------
@@ -99,25 +88,28 @@ def oldest_first(manifests: Iterable[CheckpointManifest]) -> list[CheckpointMani
     return sorted(manifests, key=lambda manifest: (manifest.step, manifest.created_s))
 
 
-def to_delete(manifests: Sequence[CheckpointManifest], spec: RetentionSpec, now_s: float) -> dict[str, str]:
+def to_delete(
+    manifests: Sequence[CheckpointManifest], *, keep_last: int | None, keep_every: int | None, now_s: float
+) -> dict[str, str]:
     """Names to delete, each with the reason.
 
     Args:
         manifests: every checkpoint there is.
-        spec: the policy.
+        keep_last: newest ones kept; None keeps all.
+        keep_every: multiples of so many steps are kept for good; None keeps none for that.
         now_s: Unix time, seconds.
     """
     ordered = oldest_first(manifests)
     newest_resumable = next((manifest.name for manifest in reversed(ordered) if manifest.resumable), None)
     without_ttl = [manifest for manifest in ordered if manifest.ttl_seconds is None]
-    surplus = without_ttl[: -spec.keep_last] if spec.keep_last else []
+    surplus = without_ttl[:-keep_last] if keep_last else []
     reasons: dict[str, str] = {}
     for manifest in ordered:
         if manifest.ttl_seconds is not None and manifest.created_s + manifest.ttl_seconds <= now_s:
             reasons[manifest.name] = f"its time to live of {manifest.ttl_seconds:g} s has passed"
     for manifest in surplus:
-        if spec.keep_every is None or manifest.step % spec.keep_every:
-            reasons[manifest.name] = f"{spec.keep_last} newer ones are kept"
+        if keep_every is None or manifest.step % keep_every:
+            reasons[manifest.name] = f"{keep_last} newer ones are kept"
     kept = {manifest.name for manifest in ordered if manifest.pinned} | {newest_resumable}
     return {name: reason for name, reason in reasons.items() if name not in kept}
 

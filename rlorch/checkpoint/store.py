@@ -21,7 +21,6 @@ from rlorch.aio import deadline
 from rlorch.checkpoint.files import hash_tree, partial_directory, publish, remove, sweep, sync_tree, tree_bytes
 from rlorch.checkpoint.manifest import (
     MANIFEST_NAME,
-    RetentionSpec,
     broken_promises,
     check_name,
     damage,
@@ -54,7 +53,8 @@ class FileCheckpointStore:
     Args:
         directory: holds one directory per checkpoint; made when the first is saved.
         config_digest: stamped into each manifest.
-        retention: what is deleted after a save.
+        keep_last: newest checkpoints that stay after a save (see `rlorch.checkpoint.manifest`); None keeps all.
+        keep_every: checkpoints whose step is a multiple of it stay for good.
         io_timeout_s: bound on hashing and syncing one checkpoint, seconds (the writer has its own bounds).
         now_s: Unix time, for stamps and times to live.
     """
@@ -64,13 +64,18 @@ class FileCheckpointStore:
         directory: Path,
         *,
         config_digest: str = "",
-        retention: RetentionSpec | None = None,
+        keep_last: int | None = 3,
+        keep_every: int | None = None,
         io_timeout_s: float = 1800.0,
         now_s: Callable[[], float] = _utc_seconds,
     ) -> None:
+        for what, value in (("keep_last", keep_last), ("keep_every", keep_every)):
+            if value is not None and value < 1:
+                raise ValueError(f"{what} must be 1 or more, or None, not {value}")
         self._directory = directory
         self._config_digest = config_digest
-        self._retention = retention or RetentionSpec()
+        self._keep_last = keep_last
+        self._keep_every = keep_every
         self._io_timeout_s = io_timeout_s
         self._now_s = now_s
         self._saving = asyncio.Lock()
@@ -133,15 +138,15 @@ class FileCheckpointStore:
         manifests, _ = await self._on_thread(self._scan)
         return manifests
 
-    async def open(self, name: str) -> Checkpoint:
-        """A checkpoint by name, every file verified.
+    async def open(self, name: str) -> Path:
+        """The directory of a checkpoint, every file of which has just been verified.
 
         Raises:
             UserError: a bad name.
             StorageError: absent or damaged; the message names the file.
         """
         check_name(name)
-        return await self._on_thread(self._open, name)
+        return Path((await self._on_thread(self._open, name)).path)
 
     async def delete(self, name: str) -> None:
         """Delete a checkpoint, pinned or not. Idempotent.
@@ -191,7 +196,7 @@ class FileCheckpointStore:
 
     def _retain(self) -> tuple[str, ...]:
         manifests, _ = self._scan()
-        reasons = to_delete(manifests, self._retention, self._now_s())
+        reasons = to_delete(manifests, keep_last=self._keep_last, keep_every=self._keep_every, now_s=self._now_s())
         for name, reason in reasons.items():
             try:
                 remove(self._directory / name)

@@ -47,6 +47,8 @@ def write_group_done(connection: sqlite3.Connection, group: Group) -> None:
 
 def write_group_dropped(connection: sqlite3.Connection, group_id: int, reason: str, group: Group | None) -> None:
     """A group that will not be trained, with or without what was sampled of it."""
+    if group is not None and not group.rollouts:
+        group = None  # nothing was sampled of it
     if group is not None and group.id != group_id:
         raise InvariantError(f"group {group.id} is dropped under the id {group_id}")
     known = connection.execute("SELECT status, reason, digest FROM groups WHERE id = ?", (group_id,)).fetchone()

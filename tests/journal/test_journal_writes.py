@@ -9,7 +9,7 @@ import pytest
 from journal_builders import make_batch, make_group, same
 
 from rlorch.errors import DeadlineError, InvariantError, ResumeError, StorageError
-from rlorch.journal import SqliteJournal, iter_events, read_state
+from rlorch.journal import SqliteJournal, iter_dropped, iter_events, read_state
 from rlorch.journal.schema import open_for_writing
 from rlorch.journal.writer import CommitThread
 from rlorch.types import Batch, Group, Rollout
@@ -97,6 +97,10 @@ async def test_a_group_without_verdicts_is_not_finished(path: Path) -> None:
         with pytest.raises(InvariantError, match=r"rollouts \[0\] have no verdict"):
             await journal.group_done(Group(3, 0, (unscored, group.rollouts[1])))
         await journal.group_dropped(3, "cancelled", Group(3, 0, (unscored, group.rollouts[1])))
+        with pytest.raises(InvariantError, match="group 4 has no rollouts"):
+            await journal.group_done(Group(4, 0, ()))
+        await journal.group_dropped(4, "empty", Group(4, 0, ()))
+    assert [(i, group is None) for i, _, group in iter_dropped(path)] == [(3, False), (4, True)]
 
 
 async def test_a_row_that_is_not_json_fails_alone(path: Path) -> None:
