@@ -1,8 +1,9 @@
 """Datums to micro-batches: check everything, then sort by length and cut by a token budget.
 
 All datums of a call are laid end to end once (`Rows`), so that checks and copies are a few array operations however
-many rows there are. Rows are then sorted by length, longest first, and cut so that rows x longest <= budget; a row
-longer than the budget gets a micro-batch of its own. Results go back by flat index, so the order never leaks out.
+many rows there are. Rows are then sorted by length, longest first, and cut so that rows x longest <= budget, and
+earlier where a further pass is cheaper than padding; a row longer than the budget gets a micro-batch of its own.
+Results go back by flat index, so the order never leaks out.
 
 Only *selected* positions get logits: those whose mask or weight is not 0 (all of them without a loss).
 
@@ -22,6 +23,10 @@ from rlorch.errors import UserError
 from rlorch.losses import Loss
 from rlorch.losses.record import Config
 from rlorch.types import Datum, Floats
+
+PASS_COST_TOKENS = {False: 128, True: 2048}
+"""What one more forward and backward pass costs, in tokens of padding, by whether it runs on a GPU. Measured on the
+tiny model and a CPU: 128 is 12% faster than no such cut; on a GPU kernel launches dominate until thousands of tokens."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,21 +100,31 @@ def lay_out(
     )
 
 
-def cut(lengths_B: NDArray[np.int64], budget_tokens: int) -> list[NDArray[np.int64]]:
-    """Row indices of each micro-batch: longest rows first, rows x longest <= budget, at least one row each."""
+def cut(lengths_B: NDArray[np.int64], budget_tokens: int, pass_cost_tokens: int = 0) -> list[NDArray[np.int64]]:
+    """Row indices of each micro-batch: longest rows first, rows x longest <= budget, at least one row each.
+
+    A micro-batch also ends where the rows that would still fit are so much shorter than its longest that their
+    padding would cost more than `pass_cost_tokens` (0: never).
+    """
     order_B = np.argsort(-lengths_B, kind="stable")
+    sorted_B = lengths_B[order_B]
     batches: list[NDArray[np.int64]] = []
     start = 0
     while start < len(order_B):
-        size = max(1, budget_tokens // int(lengths_B[order_B[start]]))
-        batches.append(order_B[start : start + size])
-        start += size
+        width = int(sorted_B[start])
+        stop = min(len(order_B), start + max(1, budget_tokens // width))
+        if pass_cost_tokens:
+            saved_B = (width - sorted_B[start:stop]) * np.arange(stop - start, 0, -1)
+            worth_B = np.flatnonzero(saved_B > pass_cost_tokens)
+            stop = start + int(worth_B[0]) if len(worth_B) else stop
+        batches.append(order_B[start:stop])
+        start = stop
     return batches
 
 
 def micro_batches(rows: Rows, budget_tokens: int, device: torch.device) -> Iterator[MicroBatch]:
     """The micro-batches of a call, on the device, one at a time; those without a selected position are left out."""
-    for batch_B in cut(rows.lengths_B, budget_tokens):
+    for batch_B in cut(rows.lengths_B, budget_tokens, PASS_COST_TOKENS[device.type == "cuda"]):
         lengths_B = rows.lengths_B[batch_B]
         width = int(lengths_B[0])
         row_N = np.repeat(np.arange(len(batch_B)), lengths_B)
