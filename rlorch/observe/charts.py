@@ -27,6 +27,7 @@ WIDTH, HEIGHT = 560, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 24  # margins of the plot, for the axis texts
 MAX_POINTS = 400
 MAX_COLUMNS = 110
+MAX_COLUMN_WIDTH = 40
 BINS = 1000  # columns of a timeline
 
 Point = tuple[float, float]
@@ -73,9 +74,10 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
         return [low]
     rough = span / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if rough <= power * factor * 1.0001)
+    step = next(power * factor for factor in (1, 2, 5, 10) if rough <= power * factor * 1.4)
     first = math.ceil(low / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
+    digits = 2 - math.floor(math.log10(step))  # 0.30000000000000004 is 0.3
+    return [round(index * step, digits) for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 class _Axes:
@@ -122,8 +124,10 @@ class _Axes:
     def _y_ticks(self) -> list[float]:
         if not self.log:
             return ticks(self.y_low, self.y_high)
-        decades = range(math.ceil(math.log10(self.y_low)), math.floor(math.log10(self.y_high)) + 1)
-        return [10.0**decade for decade in decades] or [self.y_low, self.y_high]
+        decades = range(math.floor(math.log10(self.y_low)), math.ceil(math.log10(self.y_high)) + 1)
+        factors = (1, 2, 5) if len(decades) < 5 else (1,)
+        every = [10.0**decade * factor for decade in decades for factor in factors]
+        return [value for value in every if self.y_low <= value <= self.y_high]
 
 
 def line_chart(
@@ -183,8 +187,8 @@ def stacked_columns(title: str, series: Sequence[Series], *, kind: Kind = "numbe
             top, bottom = axes.y(base + y), axes.y(base)
             base += y
             if bottom - top > 0.05:
-                left = axes.x(x) - room / 2 + gap / 2
-                box = f'x="{left:.1f}" y="{top:.1f}" width="{min(room - gap, 40):.2f}" height="{bottom - top:.1f}"'
+                width = min(room - gap, MAX_COLUMN_WIDTH)
+                box = f'x="{axes.x(x) - width / 2:.1f}" y="{top:.1f}" width="{width:.2f}" height="{bottom - top:.1f}"'
                 bars.append(f'<rect class="bar {s.colour}" {box}/>')
     return _figure(title, shown, axes, "".join(bars), note)
 

@@ -66,6 +66,7 @@ class Console:
     ) -> None:
         self._get_view = get_view
         self._output = output or rich.console.Console(stderr=True)
+        self._draws = self._output.is_terminal and self._output.encoding.lower().startswith("utf")
         self._refresh_s = refresh_s
         self._view: RunView | None = None
         self._printed_step = -1
@@ -74,7 +75,7 @@ class Console:
 
     def __enter__(self) -> "Console":
         self.update()
-        if self._output.is_terminal and self._output.encoding.lower().startswith("utf"):
+        if self._draws:
             self._live = Live(
                 get_renderable=self._frame, console=self._output, refresh_per_second=max(1 / self._refresh_s, 1)
             )
@@ -97,7 +98,7 @@ class Console:
             self._broken = True
             log.warning(f"the live view ends here, the run goes on: {type(error).__name__}: {error}", exc_info=True)
             return
-        if self._live is None and not self._output.is_terminal and self._view.step > self._printed_step:
+        if not self._draws and self._view.step > self._printed_step:
             self._printed_step = self._view.step
             self._output.print(Text(step_line(self._view)), soft_wrap=True)
 

@@ -162,7 +162,8 @@ def _off_policy(history: History) -> list[str]:
     names = [name for name in history.names if (metric := find(name)) and metric.name == "async/staleness_<n>"]
     by_staleness = sorted((int(name.rsplit("_", 1)[1]), name) for name in names)
     columns = [
-        Series(f"{n}", history.points(name), ("c1", "c4", "c6", "c3", "c7")[min(n, 4)]) for n, name in by_staleness
+        Series("1 step" if n == 1 else f"{n} steps", history.points(name), ("c1", "c4", "c6", "c3", "c7")[min(n, 4)])
+        for n, name in by_staleness
     ]
     shares = history.series(
         ("train/clip_fraction", "clipped", "c1"),
@@ -230,13 +231,14 @@ def _weights(history: History, summary: RunSummary | None) -> list[str]:
         line_chart(
             "Bytes per version", sent, kind="bytes", log=True, zero=True, note=summary.coding_note if summary else ""
         ),
-        line_chart("Weight sync", pause, kind="seconds", log=True, zero=True),
+        line_chart("Pause and stage per sync", pause, kind="seconds", log=True, zero=True),
         line_chart(
             "Served values that changed",
             history.series(("perf/changed_fraction", "per step", "c5")),
             kind="percent",
             zero=True,
         ),
+        line_chart("Versions that sampled one completion", history.series(("async/version_spans_mean", "mean", "c2"))),
     ]
 
 
@@ -343,6 +345,7 @@ def _evaluations(history: History) -> str:
 
 
 def _rest(history: History, run_dir: Path) -> str:
+    history.drawn |= {"eval/version", "perf/elapsed_s", "train/version"}  # axes, not curves
     charts = [
         line_chart(name, history.series((name, _unit(name), "c1")))
         for name in history.names

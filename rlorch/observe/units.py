@@ -20,6 +20,8 @@ def seconds_text(seconds: float) -> str:
     """`3.1 ms`, `4.2 s`, `12 min 05 s`, `3 h 20 min`."""
     if not math.isfinite(seconds):
         return "–"
+    if seconds == 0:
+        return "0 s"
     if abs(seconds) < 0.9995:
         return f"{_three(seconds * 1000)} ms"
     if abs(seconds) < 99.95:
