@@ -6,8 +6,9 @@ answered as the window holds). The algorithm:
 
 1. Slow start: double each turnover until something waits, KV usage passes 0.6, or a doubling gains less than 5%.
 2. Cruise: integral control of waiting/running towards 0.03, at most 10% per turnover, never above the known knee.
-3. Probe: every 8 turnovers one step down, then 8 later one step up, each against a fresh baseline. Keep the smaller
-   window unless it costs more than 1% per step or 2.5% of the peak in all (`level` is the share of the peak kept).
+3. Probe: every 8 turnovers one step down, 8 later one step up, against the turnovers just before. Keep the smaller
+   window unless it costs more than 1% per step or 2.5% of the peak in all (`level` is the share of the peak kept). A
+   step that was kept is followed by another; one that paid in full shows that the knee is far: back to slow start.
 4. Feed-forward: admit while what is in flight, fully grown, fits 0.85 of the KV tokens; the gauge lags.
 5. Emergency: a preemption, KV usage above 0.9 or a refusal cuts to 0.8, once until the excess has drained.
 6. Weight syncs are not congestion: readings around a commit are skipped, and so are preemptions in them.
@@ -17,8 +18,10 @@ Sources: slow start and congestion-once-per-episode from TCP (RFC 5681); deliver
 latch from prime-rl's controller, which without it cut 1024 down to 8.
 """
 
+from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
+from statistics import median
 
 from rlorch.pool.strategy import Observation, ResponseMetrics
 
@@ -33,6 +36,9 @@ MAX_LOSS_PER_STEP = 0.01  # throughput that one step down may cost
 MIN_GAIN_PER_STEP = 0.015  # throughput that one step up must bring; above the loss, so that the two do not alternate
 MIN_LEVEL = 0.975  # share of the peak to keep, all steps together: "the smallest window within 2-3%"
 FLAT_GAIN = 0.005  # a step up that brings less shows that the peak is near
+STEEP_GAIN = 0.7  # of a step up, relative to its size: throughput still grows with the window
+PROBE_TURNOVERS = 2  # groups that drain make one turnover noisy
+BASELINE_TURNOVERS = 4  # turnovers before a probe that it is compared with
 SETTLE_FRACTION = 0.25  # of a turnover, skipped after a change: what is in flight reacts late
 MIN_READINGS = 4  # readings in a measurement, however short the turnover
 KV_ADMIT_FRACTION = 0.85  # share of KV tokens that admitted work may grow to
@@ -49,8 +55,7 @@ class Phase(Enum):
 
     SLOW_START = "slow start"
     CRUISE = "cruise"
-    PROBE_BASE = "probe: baseline"
-    PROBE_LEG = "probe: leg"
+    PROBE = "probe"
 
 
 @dataclass
@@ -63,8 +68,7 @@ class _Epoch:
     binding: int = 0
     seconds: float = 0.0
     tokens: int = 0
-    running: int = 0
-    waiting: int = 0
+    waiting_ratios: list[float] = field(default_factory=list[float])
     max_kv_usage: float = 0.0
 
     @property
@@ -74,7 +78,8 @@ class _Epoch:
 
     @property
     def waiting_ratio(self) -> float:
-        return self.waiting / max(self.running, 1)
+        """Median of waiting/running: what arrived since the last engine step waits for a moment in any case."""
+        return median(self.waiting_ratios)
 
     @property
     def binds(self) -> bool:
@@ -139,8 +144,7 @@ class KneeWindow:
         self._settle = 0
         self._previous_rate: float | None = None
         self._previous_window = self.window
-        self._base_rate = 0.0
-        self._base_window = self.window
+        self._base: deque[_Epoch] = deque(maxlen=BASELINE_TURNOVERS)
         self._turnovers = 0
         self._probe_down = True
         self._probe_restarts = 0
@@ -162,7 +166,7 @@ class KneeWindow:
         return committed_tokens + request_tokens <= KV_ADMIT_FRACTION * self._kv_tokens
 
     def load_changed(self, in_flight: int) -> None:
-        """Note how many sequences are in flight; at or below the window, a cut has drained."""
+        """Note how many sequences are in flight."""
         self._in_flight = in_flight
         self._step.max_in_flight = max(self._step.max_in_flight, in_flight)
 
@@ -187,10 +191,12 @@ class KneeWindow:
             quiet_s = min(quiet_s, QUIET_SHARE * (now - self._last_commit))
         self._quiet_until = max(self._quiet_until, now + quiet_s)
         self._last_commit = now
-        if self.phase in (Phase.PROBE_BASE, Phase.PROBE_LEG) and self._probe_restarts < MAX_PROBE_RESTARTS:
+        if self.phase is not Phase.PROBE:
+            self._base.clear()
+        elif self._probe_restarts < MAX_PROBE_RESTARTS:
             self._probe_restarts += 1
-            self._set(self._base_window)
-            self._begin(Phase.PROBE_BASE)
+            self._abandon_probe()
+            self._base.clear()
 
     def observe(self, sample: Observation) -> None:
         """Take a reading; decides when it completes a turnover."""
@@ -210,7 +216,8 @@ class KneeWindow:
             return
         self._measure(last, sample)
         epoch = self._epoch
-        if epoch.completions >= epoch.window and epoch.readings >= MIN_READINGS:
+        turnovers = PROBE_TURNOVERS if self.phase is Phase.PROBE else 1
+        if epoch.completions >= turnovers * epoch.window and epoch.readings >= turnovers * MIN_READINGS:
             self._turnover.learn(epoch)
             self._decide(epoch)
 
@@ -236,8 +243,7 @@ class KneeWindow:
         epoch.readings += 1
         epoch.seconds += sample.now - last.now
         epoch.tokens += max(sample.generated_tokens - last.generated_tokens, 0)
-        epoch.running += sample.running
-        epoch.waiting += sample.waiting
+        epoch.waiting_ratios.append(sample.waiting / max(sample.running, 1))
         epoch.max_kv_usage = max(epoch.max_kv_usage, sample.kv_usage)
         epoch.binding += sample.demand or sample.in_flight >= BINDING_FRACTION * epoch.window
 
@@ -248,11 +254,10 @@ class KneeWindow:
         self._settle = round(SETTLE_FRACTION * self.window)
 
     def _watch_for_emergency(self, last: Observation, sample: Observation) -> None:
-        preempted = sample.preemptions > last.preemptions
-        if preempted or sample.kv_usage > KV_EMERGENCY:
-            self._emergency()
-        elif self._draining and self._in_flight <= self.window:
+        if self._draining and last.in_flight <= self.window:
             self._draining = False
+        if sample.preemptions > last.preemptions or sample.kv_usage > KV_EMERGENCY:
+            self._emergency()
 
     def _emergency(self) -> None:
         """Cut once; the next cut waits until the excess of this one has drained and the trouble is still there."""
@@ -260,9 +265,8 @@ class KneeWindow:
             return
         self._draining = True
         self._step.emergencies += 1
-        self._set(self._base_window if self.phase is Phase.PROBE_LEG else self._window)
-        self._set(min(self._window, max(self._in_flight, self.min_window)) * EMERGENCY_FACTOR)
-        self._knee = self._window
+        window = self._base[-1].window if self.phase is Phase.PROBE else self._window
+        self._move_knee(min(window, max(self._in_flight, self.min_window)) * EMERGENCY_FACTOR)
         self._turnovers = 0
         self._begin(Phase.CRUISE)
 
@@ -271,35 +275,40 @@ class KneeWindow:
     def _decide(self, epoch: _Epoch) -> None:
         self._step.rates.append(epoch.rate)
         if not epoch.binds:
-            self._abandon_probe()
+            if self.phase is Phase.PROBE:
+                self._abandon_probe()
+            else:
+                self._begin(self.phase)
             return
         match self.phase:
             case Phase.SLOW_START:
                 self._slow_start(epoch)
             case Phase.CRUISE:
                 self._cruise(epoch)
-            case Phase.PROBE_BASE:
-                self._probe_leg(epoch)
-            case Phase.PROBE_LEG:
-                self._probe_verdict(epoch)
+            case Phase.PROBE:
+                self._verdict(epoch)
 
     def _slow_start(self, epoch: _Epoch) -> None:
         gain = epoch.rate / self._previous_rate if self._previous_rate else float("inf")
         if gain < SLOW_START_MIN_GAIN:
-            self._settle_on(self._previous_window)
+            self._settle_on(self._previous_window, level=min(1.0, 1 / gain))
         elif epoch.waiting_ratio > TARGET_WAITING_RATIO:
-            self._settle_on(epoch.window * epoch.running / (epoch.running + epoch.waiting))
+            self._settle_on(epoch.window / (1 + epoch.waiting_ratio))
         elif epoch.max_kv_usage > SLOW_START_MAX_KV or epoch.window >= self.max_window:
             self._settle_on(epoch.window)
         else:
-            self._previous_rate, self._previous_window = epoch.rate, epoch.window
-            self._set(2 * epoch.window)
-            self._begin(Phase.SLOW_START)
+            self._double(epoch)
 
-    def _settle_on(self, window: float) -> None:
-        self._set(window)
-        self._knee = self._window
-        # The first probes come at once: slow start knows the knee only to a factor of two.
+    def _double(self, epoch: _Epoch) -> None:
+        self._previous_rate, self._previous_window = epoch.rate, epoch.window
+        self._move_knee(2 * epoch.window)
+        self._begin(Phase.SLOW_START)
+
+    def _settle_on(self, window: float, level: float = 1.0) -> None:
+        """Slow start knows the knee to a factor of two: the first probe comes at once."""
+        self._move_knee(window)
+        self.level = level
+        self._probe_down = level >= MIN_LEVEL
         self._turnovers = TURNOVERS_BETWEEN_PROBES
         self._begin(Phase.CRUISE)
 
@@ -307,38 +316,51 @@ class KneeWindow:
         self._turnovers += 1
         error = TARGET_WAITING_RATIO - epoch.waiting_ratio
         change = min(max(CRUISE_GAIN * error, -CRUISE_MAX_CHANGE), CRUISE_MAX_CHANGE)
-        before = self.window
         self._set(min(self._window * (1 + change), self._knee))
-        if self.window == before and self._turnovers >= TURNOVERS_BETWEEN_PROBES and not self._draining:
-            self._base_rate, self._base_window = epoch.rate, self.window
-            self._probe_leg(epoch)
-        else:
-            self._begin(Phase.CRUISE)
+        self._base.append(epoch)
+        if self.window != epoch.window:
+            self._base.clear()
+        elif self._turnovers >= TURNOVERS_BETWEEN_PROBES and not self._draining:
+            self._probe(epoch.window)
+            return
+        self._begin(Phase.CRUISE)
 
-    def _probe_leg(self, epoch: _Epoch) -> None:
-        """The baseline is measured: move one step and measure again."""
-        self._base_rate, self._base_window = epoch.rate, epoch.window
-        step = max(PROBE_STEP * epoch.window, self._unit, 1)
-        target = epoch.window - step if self._probe_down else epoch.window + step
+    def _probe(self, base: int) -> None:
+        """Go one step off the cruising window; at a bound, look the other way next time."""
+        step = max(PROBE_STEP * base, self._unit, 1)
+        target = round(base - step if self._probe_down else base + step)
         target = min(max(target, self.min_window, self._unit), self.max_window)
-        if round(target) == epoch.window:  # at a bound: look the other way next time
-            self._end_probe(epoch.window)
+        if target == base:
+            self._end_probe(base, kept=False)
             return
         self._step.probes += 1
-        self._set(round(target))
-        self._begin(Phase.PROBE_LEG)
+        self._set(target)
+        self._begin(Phase.PROBE)
 
-    def _probe_verdict(self, epoch: _Epoch) -> None:
-        ratio = epoch.rate / self._base_rate if self._base_rate > 0 else 1.0
-        steps = abs(epoch.window - self._base_window) / (PROBE_STEP * self._base_window)
-        if epoch.window < self._base_window:
-            keep = ratio >= 1 - MAX_LOSS_PER_STEP * steps and self.level * ratio >= MIN_LEVEL
+    def _verdict(self, leg: _Epoch) -> None:
+        """Compare a step with the turnovers before it."""
+        base = self._base[-1].window
+        seconds = sum(epoch.seconds for epoch in self._base)
+        base_rate = sum(epoch.tokens for epoch in self._base) / seconds if seconds > 0 else 0.0
+        if base_rate <= 0 or leg.rate <= 0:
+            self._abandon_probe()
+            return
+        ratio = leg.rate / base_rate
+        size = abs(leg.window - base) / base
+        if leg.window < base:
+            loss = MAX_LOSS_PER_STEP * size / PROBE_STEP
+            kept = ratio >= 1 - loss and self.level * ratio >= MIN_LEVEL
         else:
-            keep = ratio >= 1 + MIN_GAIN_PER_STEP * steps or (self.level < MIN_LEVEL and ratio > 1)
             self._learn_level(ratio)
-        if keep:
+            gain = MIN_GAIN_PER_STEP * size / PROBE_STEP
+            kept = ratio >= 1 + gain or (self.level < MIN_LEVEL and ratio > 1)
+        if kept:
             self.level = min(1.0, self.level * ratio)
-        self._end_probe(epoch.window if keep else self._base_window, again=keep)
+        if ratio >= 1 + STEEP_GAIN * size and leg.window > base and leg.waiting_ratio <= TARGET_WAITING_RATIO:
+            self._probe_restarts = 0
+            self._double(leg)
+        else:
+            self._end_probe(leg.window if kept else base, kept)
 
     def _learn_level(self, ratio_up: float) -> None:
         """What a step up says about the share of the peak that the base window has."""
@@ -346,22 +368,25 @@ class KneeWindow:
         if ratio_up <= 1 + FLAT_GAIN:
             self.level += 0.5 * (1 - self.level)
 
-    def _end_probe(self, window: int, again: bool = False) -> None:
-        """Back to cruising at `window`; a step that was worth taking is followed by another in the same direction."""
-        self._set(window)
-        self._knee = self._window
+    def _end_probe(self, window: int, kept: bool) -> None:
+        """Cruise at `window`; a step that was worth taking is soon followed by another in the same direction."""
+        self._move_knee(window)
         self._probe_restarts = 0
-        if not again:
+        if not kept:
             self._probe_down = not self._probe_down
-        self._turnovers = TURNOVERS_BETWEEN_PROBES - 1 if again else 0
+        self._turnovers = TURNOVERS_BETWEEN_PROBES - 1 if kept else 0
         self._begin(Phase.CRUISE)
 
     def _abandon_probe(self) -> None:
-        if self.phase in (Phase.PROBE_BASE, Phase.PROBE_LEG):
-            self._set(self._base_window)
-            self._begin(Phase.CRUISE)
-        else:
-            self._begin(self.phase)
+        """Back to the cruising window, and probe again after the next turnover."""
+        self._set(self._base[-1].window)
+        self._turnovers = TURNOVERS_BETWEEN_PROBES - 1
+        self._begin(Phase.CRUISE)
+
+    def _move_knee(self, window: float) -> None:
+        self._set(window)
+        self._knee = self._window
+        self._base.clear()
 
     def _set(self, window: float) -> None:
         self._window = min(max(window, float(self.min_window)), float(self.max_window))

@@ -69,6 +69,7 @@ class Engine:
         self.generated_tokens = 0
         self.preemptions = 0
         self.steps = 0
+        self.left_waiting = 0  # by the last step: who came since waits for no reason but the step
         self._admissions = 0
         self._waiting: deque[Generation] = deque()
         self._running: dict[Generation, None] = {}
@@ -126,7 +127,8 @@ class Engine:
             )
             self._kv_used += context
             prefill_tokens += context
-        return self.model.step_s(len(self._running), len(self._waiting), prefill_tokens)
+        self.left_waiting = len(self._waiting)
+        return self.model.step_s(len(self._running), self.left_waiting, prefill_tokens)
 
     def end_step(self) -> list[Generation]:
         """Every running sequence has one more token; the ones that are complete leave and are returned."""

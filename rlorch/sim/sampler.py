@@ -214,7 +214,7 @@ class SimSampler:
         return EngineStats(
             version=engine.version,
             running=engine.running,
-            waiting=engine.waiting,
+            waiting=engine.left_waiting if engine.busy else 0,
             kv_usage=engine.kv_usage,
             generated_tokens=engine.generated_tokens,
             preemptions=engine.preemptions,
