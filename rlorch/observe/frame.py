@@ -289,14 +289,15 @@ def _phases(summary: RunSummary) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style=LABEL, pad_edge=False)
     table.add_column("role", no_wrap=True)
     table.add_column("phase", no_wrap=True)
-    for name in ("busy", "waits", "times", "share"):
+    for name in ("busy", "waits", "times", "of the run"):
         table.add_column(name, justify="right", no_wrap=True)
     elapsed = summary.trace.get("elapsed_s", 0.0) or summary.elapsed_s
     shown = ""
-    for role, phase, busy_s, wait_s, count in seconds_by_phase(summary.trace):
-        share = percent_text((busy_s + wait_s) / elapsed) if elapsed else ""
-        waits = Text(seconds_text(wait_s) if wait_s else "", WAITS)
-        name = "" if role == shown else role
-        table.add_row(name, phase.replace("_", " "), seconds_text(busy_s) if busy_s else "", waits, f"{count:,}", share)
-        shown = role
+    for row in seconds_by_phase(summary.trace):
+        share = percent_text(row.active_s / elapsed) if elapsed else ""
+        busy = seconds_text(row.busy_s) if row.busy_s else ""
+        waits = Text(seconds_text(row.wait_s) if row.wait_s else "", WAITS)
+        name = "" if row.role == shown else row.role
+        table.add_row(name, row.phase.replace("_", " "), busy, waits, f"{row.count:,}", share)
+        shown = row.role
     return Padding(table, (0, 2))

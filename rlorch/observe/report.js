@@ -22,6 +22,6 @@ for (const figure of document.querySelectorAll("figure.chart")) {
       row.append(s.name + "  ", Object.assign(document.createElement("b"), { textContent: text[data.kind](near[i][1]) })); });
     const inside = event.clientX - figure.getBoundingClientRect().left, flip = inside > figure.clientWidth / 2;
     tip.style.left = flip ? "auto" : inside + 16 + "px"; tip.style.right = flip ? figure.clientWidth - inside + 16 + "px" : "auto";
-    tip.style.top = svg.offsetTop + 6 + "px"; });
+    tip.style.top = box.top - figure.getBoundingClientRect().top + 6 + "px"; });
   svg.addEventListener("pointerleave", () => { cursor.setAttribute("visibility", "hidden"); tip?.remove(); tip = null; });
 }

@@ -12,11 +12,11 @@ from pathlib import Path
 import yaml
 
 from rlorch.observe.charts import Bar, Kind, Series, line_chart, stacked_columns, timeline
+from rlorch.observe.history import History, role_bars
 from rlorch.observe.logs import redact, redact_text
 from rlorch.observe.metrics import METRICS, find
 from rlorch.observe.page import folded, page, section, table, tile
 from rlorch.observe.sinks import METRICS_FILE, read_rows
-from rlorch.observe.trace import read_trace
 from rlorch.observe.units import bytes_text, count_text, number_text, percent_text, seconds_text
 from rlorch.observe.view import RunSummary, seconds_by_phase
 
@@ -26,36 +26,6 @@ CONFIG_FILE = "config.yaml"
 MAX_ROLES = 16
 CLOSE_UP_STEPS = 6
 PALETTE = ("c1", "c4", "c3", "c5", "c6", "c2", "c7", "c8")
-
-Rows = Sequence[tuple[int, Mapping[str, float]]]
-
-
-class History:
-    """The metrics of a run by name; remembers which names were drawn, so that the rest can follow."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.names = sorted({name for _, values in rows for name in values})
-        self.last_step = rows[-1][0] if rows else 0
-        self._rows = rows
-        self.drawn: set[str] = set()
-
-    def points(self, name: str, x: str | None = None) -> list[tuple[float, float]]:
-        """(step, value) of one metric; `x` names another metric to use as the step."""
-        self.drawn.add(name)
-        return [(values.get(x or "", float(step)), values[name]) for step, values in self._rows if name in values]
-
-    def finite(self, name: str) -> list[float]:
-        """The finite values of one metric, in order."""
-        return [values[name] for _, values in self._rows if math.isfinite(values.get(name, math.nan))]
-
-    def mean(self, name: str) -> float | None:
-        """Mean over the steps that have it."""
-        values = self.finite(name)
-        return math.fsum(values) / len(values) if values else None
-
-    def series(self, *named: tuple[str, str, str]) -> list[Series]:
-        """Lines from (metric, label, colour)."""
-        return [Series(label, self.points(name), colour) for name, label, colour in named]
 
 
 def write_report(run_dir: Path) -> Path:
@@ -67,7 +37,7 @@ def write_report(run_dir: Path) -> Path:
     """
     history = History(read_rows(run_dir / METRICS_FILE))
     summary = RunSummary.read(run_dir)
-    roles = _roles(run_dir / TRACE_FILE)
+    roles = role_bars(run_dir / TRACE_FILE)
     body = "".join(
         (
             _head(run_dir, history, summary),
@@ -245,27 +215,6 @@ def _weights(history: History, summary: RunSummary | None) -> list[str]:
 # --- timelines --------------------------------------------------------------------------------------------
 
 
-def _roles(path: Path) -> dict[str, list[Bar]]:
-    """The spans of each role from a trace file, seconds; a span without an end lasts to the last event."""
-    names: dict[int, str] = {}
-    bars: dict[int, list[Bar]] = {}
-    open_at: dict[tuple[int, int], list[tuple[float, str, bool]]] = {}
-    last = 0.0
-    for event in read_trace(path) if path.exists() else ():
-        kind, pid, time_s = event["ph"], event["pid"], event["ts"] / 1e6
-        last = max(last, time_s)
-        if kind == "M" and event["name"] == "process_name":
-            names[pid] = event["args"]["name"]
-        elif kind == "B":
-            open_at.setdefault((pid, event["tid"]), []).append((time_s, event["name"], event.get("cat") != "wait"))
-        elif kind == "E" and open_at.get((pid, event["tid"])):
-            start, name, busy = open_at[pid, event["tid"]].pop()
-            bars.setdefault(pid, []).append(Bar(start, time_s, name, busy))
-    for (pid, _), stack in open_at.items():
-        bars.setdefault(pid, []).extend(Bar(start, last, name, busy) for start, name, busy in stack)
-    return {names.get(pid, f"role {pid}"): found for pid, found in sorted(bars.items())}
-
-
 def _timelines(roles: Mapping[str, Sequence[Bar]], steps: int) -> list[str]:
     end = max((bar.stop for bars in roles.values() for bar in bars), default=0.0)
     shown = dict(list(roles.items())[:MAX_ROLES])
@@ -302,14 +251,14 @@ def _tables(history: History, summary: RunSummary | None) -> list[str]:
     elapsed = summary.trace.get("elapsed_s") or summary.elapsed_s
     phases = (
         (
-            role,
-            phase.replace("_", " "),
-            seconds_text(busy) if busy else "",
-            seconds_text(wait) if wait else "",
-            f"{count:,}",
-            percent_text((busy + wait) / elapsed) if elapsed else "",
+            row.role,
+            row.phase.replace("_", " "),
+            seconds_text(row.busy_s) if row.busy_s else "",
+            seconds_text(row.wait_s) if row.wait_s else "",
+            f"{row.count:,}",
+            percent_text(row.active_s / elapsed) if elapsed else "",
         )
-        for role, phase, busy, wait, count in seconds_by_phase(summary.trace)
+        for row in seconds_by_phase(summary.trace)
     )
     rollouts = summary.rollouts
     counts = [

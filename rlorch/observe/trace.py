@@ -90,6 +90,9 @@ class _Phase:
     wait_s: float = 0.0
     count: int = 0
     max_s: float = 0.0
+    open: int = 0
+    since: float = 0.0
+    active_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -163,10 +166,12 @@ class Tracer:
             }
 
     def summary(self) -> dict[str, Any]:
-        """Totals since the start, JSON-ready; open spans count for `busy_s` but not yet for their phase.
+        """Totals since the start, JSON-ready; open spans count for unions (a role's `busy_s`, `active_s`), not for sums.
 
         `{"elapsed_s": s, "roles": {role: {"busy_s": s, "busy_fraction": f,
-        "phases": {name: {"busy_s": s, "wait_s": s, "count": n, "max_s": s}}}}}`
+        "phases": {name: {"busy_s": s, "wait_s": s, "active_s": s, "count": n, "max_s": s}}}}}`
+
+        A phase's `busy_s` and `wait_s` add up its spans; `active_s` is the time with at least one of them open.
         """
         with self._lock:
             now = self._clock()
@@ -176,7 +181,13 @@ class Tracer:
                     "busy_s": state.busy_until(now),
                     "busy_fraction": state.busy_until(now) / elapsed if elapsed > 0 else 0.0,
                     "phases": {
-                        name: {"busy_s": p.busy_s, "wait_s": p.wait_s, "count": p.count, "max_s": p.max_s}
+                        name: {
+                            "busy_s": p.busy_s,
+                            "wait_s": p.wait_s,
+                            "active_s": p.active_s + (now - p.since if p.open else 0.0),
+                            "count": p.count,
+                            "max_s": p.max_s,
+                        }
                         for name, p in state.phases.items()
                     },
                 }
@@ -213,6 +224,10 @@ class Tracer:
                 if not state.busy_open:
                     state.busy_since = now
                 state.busy_open += 1
+            phase = state.phases.setdefault(span.name, _Phase())
+            if not phase.open:
+                phase.since = now
+            phase.open += 1
             category = "busy" if span.busy else "wait"
             event = {"ph": "B", "name": span.name, "cat": category, "pid": state.pid, "tid": span.lane}
             span.written = self._write({**event, "args": span.args}, now)
@@ -223,8 +238,11 @@ class Tracer:
             state = self._roles[span.role]
             state.open.remove(span)
             heapq.heappush(state.free_lanes, span.lane)
-            phase = state.phases.setdefault(span.name, _Phase())
+            phase = state.phases[span.name]
             seconds = now - span.start
+            phase.open -= 1
+            if not phase.open:
+                phase.active_s += now - phase.since
             phase.count += 1
             phase.max_s = max(phase.max_s, seconds)
             if span.busy:

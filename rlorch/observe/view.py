@@ -141,10 +141,25 @@ class RunSummary:
             raise StorageError(f"{path} is not a run summary ({error}); delete it, the report works without") from error
 
 
-def seconds_by_phase(trace: Mapping[str, Any]) -> list[tuple[str, str, float, float, int]]:
-    """(role, phase, busy seconds, wait seconds, count) from `Tracer.summary()`, longest first within a role."""
-    rows: list[tuple[str, str, float, float, int]] = []
+@dataclass(frozen=True, slots=True)
+class PhaseSeconds:
+    """One row of "seconds by phase": sums of its spans, and the time `active_s` with at least one of them open."""
+
+    role: str
+    phase: str
+    busy_s: float
+    wait_s: float
+    active_s: float
+    count: int
+
+
+def seconds_by_phase(trace: Mapping[str, Any]) -> list[PhaseSeconds]:
+    """The phases of `Tracer.summary()`, role by role, longest first."""
+    rows: list[PhaseSeconds] = []
     for role, state in trace.get("roles", {}).items():
-        phases = [(role, name, p["busy_s"], p["wait_s"], p["count"]) for name, p in state["phases"].items()]
-        rows += sorted(phases, key=lambda row: -(row[2] + row[3]))
+        phases = [
+            PhaseSeconds(role, name, p["busy_s"], p["wait_s"], p["active_s"], p["count"])
+            for name, p in state["phases"].items()
+        ]
+        rows += sorted(phases, key=lambda row: -row.active_s)
     return rows

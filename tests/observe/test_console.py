@@ -241,8 +241,8 @@ SUMMARY = RunSummary(
                 "busy_s": 24.0,
                 "busy_fraction": 0.6,
                 "phases": {
-                    "groups": {"busy_s": 0.0, "wait_s": 16.0, "count": 100, "max_s": 1.0},
-                    "forward_backward": {"busy_s": 24.0, "wait_s": 0.0, "count": 100, "max_s": 1.0},
+                    "groups": {"busy_s": 0.0, "wait_s": 16.0, "active_s": 16.0, "count": 100, "max_s": 1.0},
+                    "forward_backward": {"busy_s": 24.0, "wait_s": 0.0, "active_s": 24.0, "count": 100, "max_s": 1.0},
                 },
             }
         },

@@ -34,6 +34,7 @@ def test_union_busy_time_equals_the_length_of_the_merged_intervals(seed: int) ->
     clock = Clock()
     tracer = Tracer(clock)
     busy: list[tuple[float, float]] = []
+    ended: list[tuple[float, float]] = []
     seconds = {True: 0.0, False: 0.0}
     open_spans: list[tuple[Span, bool, float]] = []
     for _ in range(200):
@@ -42,6 +43,7 @@ def test_union_busy_time_equals_the_length_of_the_merged_intervals(seed: int) ->
             span, is_busy, start = open_spans.pop(rng.randrange(len(open_spans)))
             span.__exit__(None, None, None)
             seconds[is_busy] += clock.now - start
+            ended.append((start, clock.now))
             if is_busy:
                 busy.append((start, clock.now))
         else:
@@ -52,6 +54,7 @@ def test_union_busy_time_equals_the_length_of_the_merged_intervals(seed: int) ->
     totals = tracer.summary()["roles"]["sampler-0"]["phases"]["generate"]
     assert totals["busy_s"] == pytest.approx(seconds[True])
     assert totals["wait_s"] == pytest.approx(seconds[False])
+    assert totals["active_s"] == pytest.approx(union_s(ended + [(start, clock.now) for *_, start in open_spans]))
 
 
 def test_an_activity_says_what_a_role_does_or_waits_for_and_since_when() -> None:
@@ -79,7 +82,7 @@ def test_the_summary_separates_roles_and_phases() -> None:
     assert summary["elapsed_s"] == 8.0
     assert summary["roles"]["trainer"]["busy_fraction"] == 0.5
     phases = summary["roles"]["trainer"]["phases"]
-    assert phases == {"optim_step": {"busy_s": 4.0, "wait_s": 0.0, "count": 2, "max_s": 3.0}}
+    assert phases == {"optim_step": {"busy_s": 4.0, "wait_s": 0.0, "active_s": 4.0, "count": 2, "max_s": 3.0}}
 
 
 def spans_of(events: list[dict[str, object]]) -> list[tuple[object, float, float]]:
