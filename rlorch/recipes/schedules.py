@@ -49,7 +49,7 @@ def lr_at(step: int, *, peak: float, total_steps: int, spec: ScheduleSpec) -> fl
     if spec.warmup_steps > total_steps:
         raise ValueError(f"warmup_steps is {spec.warmup_steps}, but the run has only {total_steps} steps; shorten it")
     if step < spec.warmup_steps:
-        return peak * (step + 1) / spec.warmup_steps
+        return peak * ((step + 1) / spec.warmup_steps)
     match spec.kind:
         case "constant":
             return peak

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -27,7 +28,7 @@ def test_a_schedule_rises_to_its_peak_and_then_never_rises_again(run):
     rates = [lr_at(step, peak=peak, total_steps=total, spec=spec) for step in range(total)]
     warm, rest = rates[: spec.warmup_steps], rates[spec.warmup_steps :]
     assert warm == sorted(warm)
-    assert all(a >= b * (1 - 1e-12) for a, b in zip(rest, rest[1:], strict=False))
+    assert all(a >= b * (1 - 1e-12) for a, b in itertools.pairwise(rest))
     assert all(0 <= rate <= peak * (1 + 1e-12) for rate in rates)
     if warm:
         assert warm[-1] == peak
