@@ -18,28 +18,23 @@ others report 1-3% of values changed per step). Below 2% changed, sparse always 
 codings are compared by the real compressed size of a sample from the middle of the tensor. A delta uses `full`
 only where it beats `xor` by a fifth, because `full` has no undo.
 
-Payload = magic, u32 frame count, (u64 compressed bytes, u64 raw bytes) per frame, then zstd frames. A frame holds
-whole tensors, at least 4 MiB of raw bytes: `iter_update` therefore decodes with one frame in memory, and frames can
-be decoded in parallel. TensorEntry.offset counts in the concatenation of the raw frames.
-
-Decoding trusts nothing: payload digest first, then every length against the manifest before it is allocated; a zstd
-block of at least 3 bytes gives at most 128 KiB, which bounds raw bytes by payload bytes.
+`rlorch.weights.frames` packs the streams; TensorEntry.offset and length count raw bytes. Decoding trusts nothing:
+payload digest first, then every length against coding, shape and changed count.
 
 P elements of a tensor, K changed elements, N gaps, S elements of a sample.
 """
 
-import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Literal
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
 from rlorch.errors import DigestMismatchError
 from rlorch.types import Manifest, ManifestKind, TensorEntry
+from rlorch.weights.frames import FrameWriter, compress, read_frames
 from rlorch.weights.manifest import DTYPE_BYTES, digest, payload_key, state_digest, tensor_bytes
 from rlorch.weights.planes import (
     UNSIGNED,
@@ -56,9 +51,6 @@ __all__ = ["TensorUpdate", "apply_update", "decode_update", "digest", "encode_up
 
 Coding = Literal["same", "full", "xor", "sparse"]
 
-MAGIC = b"RLW1"
-FRAME_BYTES = 4 << 20
-"""Raw bytes after which a frame closes: large enough for zstd, small enough to stream."""
 SURELY_SPARSE = 0.02
 """Changed fraction below which sparse is smaller than xor in every measurement (benchmarks/delta_codec.py)."""
 SURELY_DENSE = 0.5
@@ -66,47 +58,10 @@ SURELY_DENSE = 0.5
 FULL_MARGIN = 0.8
 """A delta takes `full` only below this share of the size of `xor`."""
 SAMPLE_ELEMENTS = 1 << 16
-_MAX_RAW_PER_BLOCK = 128 << 10
 _MAX_ELEMENTS = 1 << 59
 
 
 # --- encode -----------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Writer:
-    """Gathers the raw bytes of tensors into zstd frames."""
-
-    compressor: zstandard.ZstdCompressor
-    raw_total: int = 0
-    pending: list[bytes] = field(default_factory=list[bytes])
-    pending_bytes: int = 0
-    frames: list[bytes] = field(default_factory=list[bytes])
-    raw_sizes: list[int] = field(default_factory=list[int])
-
-    def add(self, raw: bytes) -> tuple[int, int]:
-        """Append one tensor's bytes; returns their (offset, length)."""
-        offset = self.raw_total
-        self.pending.append(raw)
-        self.pending_bytes += len(raw)
-        self.raw_total += len(raw)
-        if self.pending_bytes >= FRAME_BYTES:
-            self.flush()
-        return offset, len(raw)
-
-    def flush(self) -> None:
-        """Close the frame."""
-        if self.pending_bytes:
-            raw = self.pending[0] if len(self.pending) == 1 else b"".join(self.pending)
-            self.frames.append(self.compressor.compress(raw))
-            self.raw_sizes.append(len(raw))
-            self.pending, self.pending_bytes = [], 0
-
-    def payload(self) -> bytes:
-        """The whole payload."""
-        self.flush()
-        sizes = [struct.pack("<QQ", len(f), raw) for f, raw in zip(self.frames, self.raw_sizes, strict=True)]
-        return b"".join([MAGIC, struct.pack("<I", len(self.frames)), *sizes, *self.frames])
 
 
 def encode_update(
@@ -138,16 +93,15 @@ def encode_update(
             changes need an anchor.
     """
     _check_inputs(kind, version, base_version, base, new, dtypes)
-    compressor = zstandard.ZstdCompressor(level=zstd_level)
-    writer = _Writer(compressor)
+    writer = FrameWriter(zstd_level)
     entries: list[TensorEntry] = []
     for name, bits in new.items():
         flat_P = np.ascontiguousarray(bits).reshape(-1)
         if kind == "anchor" or base is None:
-            coding, raw, changed = "full", to_planes(flat_P), flat_P.size
+            coding, streams, changed = "full", to_planes(flat_P), flat_P.size
         else:
-            coding, raw, changed = _encode_tensor(np.ascontiguousarray(base[name]).reshape(-1), flat_P, compressor)
-        offset, length = writer.add(raw)
+            coding, streams, changed = _encode_tensor(np.ascontiguousarray(base[name]).reshape(-1), flat_P, zstd_level)
+        offset, length = writer.add(streams)
         entries.append(
             TensorEntry(name, dtypes[name], tuple(bits.shape), digest(flat_P), coding, offset, length, changed)
         )
@@ -199,35 +153,35 @@ def _check_inputs(
             )
 
 
-def _encode_tensor(old_P: Bits, new_P: Bits, compressor: zstandard.ZstdCompressor) -> tuple[Coding, bytes, int]:
-    """The smallest coding of a tensor, its raw bytes, and the number of changed elements."""
+def _encode_tensor(old_P: Bits, new_P: Bits, zstd_level: int) -> tuple[Coding, list[bytes], int]:
+    """The smallest coding of a tensor, its streams, and the number of changed elements."""
     index_K = changed_indices(old_P, new_P)
     if not index_K.size:
-        return "same", b"", 0
-    coding = _choose(old_P, new_P, index_K.size, compressor)
+        return "same", [], 0
+    coding = _choose(old_P, new_P, index_K.size, zstd_level)
     if coding == "sparse":
-        raw = _sparse_bytes(index_K, old_P[index_K] ^ new_P[index_K])
+        streams = _sparse_streams(index_K, old_P[index_K] ^ new_P[index_K])
     else:
-        raw = to_planes(new_P if coding == "full" else old_P ^ new_P)
-    return coding, raw, index_K.size
+        streams = to_planes(new_P if coding == "full" else old_P ^ new_P)
+    return coding, streams, index_K.size
 
 
-def _choose(old_P: Bits, new_P: Bits, changed: int, compressor: zstandard.ZstdCompressor) -> Coding:
+def _choose(old_P: Bits, new_P: Bits, changed: int, zstd_level: int) -> Coding:
     """Which coding is smallest, by the changed share and, where that is not decisive, by compressing a sample."""
     if changed < SURELY_SPARSE * new_P.size and new_P.size > SAMPLE_ELEMENTS:
         return "sparse"
     start = max(0, (new_P.size - SAMPLE_ELEMENTS) // 2)
     old_S, new_S = old_P[start : start + SAMPLE_ELEMENTS], new_P[start : start + SAMPLE_ELEMENTS]
     xor_S = old_S ^ new_S
-    xor_size = len(compressor.compress(to_planes(xor_S)))
+    xor_size = len(compress(to_planes(xor_S), zstd_level))
     if changed <= SURELY_DENSE * new_P.size:
         index_K = np.flatnonzero(xor_S)
-        sparse_size = len(compressor.compress(_sparse_bytes(index_K, xor_S[index_K])))
+        sparse_size = len(compress(_sparse_streams(index_K, xor_S[index_K]), zstd_level))
         return "sparse" if sparse_size <= xor_size else "xor"
-    return "full" if len(compressor.compress(to_planes(new_S))) < FULL_MARGIN * xor_size else "xor"
+    return "full" if len(compress(to_planes(new_S), zstd_level)) < FULL_MARGIN * xor_size else "xor"
 
 
-def _sparse_bytes(index_K: NDArray[np.int64], xor_K: Bits) -> bytes:
+def _sparse_streams(index_K: NDArray[np.int64], xor_K: Bits) -> list[bytes]:
     return to_planes(indices_to_gaps(index_K)) + to_planes(xor_K)
 
 
@@ -251,7 +205,7 @@ def iter_update(manifest: Manifest, payload: bytes) -> Iterator[TensorUpdate]:
                          f"not {manifest.payload_bytes} with {manifest.payload_digest}")  # fmt: skip
     if state_digest(manifest.tensors) != manifest.digest:
         raise _malformed(manifest, "its tensor entries do not have its digest")
-    frames = _frames(manifest, payload)
+    frames = read_frames(payload, partial(_malformed, manifest))
     raw, start, stop = memoryview(b""), 0, 0
     for entry in manifest.tensors:
         _check_entry(manifest, entry)
@@ -273,35 +227,6 @@ def _malformed(manifest: Manifest, what: str) -> DigestMismatchError:
     return DigestMismatchError(
         f"payload {manifest.payload!r} of version {manifest.version}: {what}; fetch it again or re-seed from an anchor"
     )
-
-
-def _frames(manifest: Manifest, payload: bytes) -> Iterator[memoryview]:
-    """The raw bytes of each frame, in order."""
-    if payload[:4] != MAGIC or len(payload) < 8:
-        raise _malformed(manifest, f"it starts with {payload[:4]!r}, not {MAGIC!r}")
-    (num_frames,) = struct.unpack_from("<I", payload, 4)
-    position = 8 + 16 * num_frames
-    if position > len(payload):
-        raise _malformed(manifest, f"it is too short for {num_frames} frames")
-    decompressor = zstandard.ZstdDecompressor()
-    view = memoryview(payload)
-    for number in range(num_frames):
-        size, raw_size = struct.unpack_from("<QQ", payload, 8 + 16 * number)
-        frame = view[position : position + size]
-        position += size
-        if position > len(payload) or raw_size > (size // 3 + 1) * _MAX_RAW_PER_BLOCK:
-            raise _malformed(manifest, f"frame {number} cannot hold {raw_size} bytes in {size}")
-        try:
-            if zstandard.get_frame_parameters(frame).content_size != raw_size:
-                raise _malformed(manifest, f"frame {number} does not hold {raw_size} bytes")
-            raw = decompressor.decompress(frame, max_output_size=raw_size, allow_extra_data=False)
-        except zstandard.ZstdError as error:
-            raise _malformed(manifest, f"frame {number} does not decompress ({error})") from None
-        if not raw or len(raw) != raw_size:
-            raise _malformed(manifest, f"frame {number} gave {len(raw)} bytes, not {raw_size}")
-        yield memoryview(raw)
-    if position != len(payload):
-        raise _malformed(manifest, f"{len(payload) - position} bytes follow the last frame")
 
 
 def _check_entry(manifest: Manifest, entry: TensorEntry) -> None:

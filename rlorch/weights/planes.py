@@ -22,20 +22,20 @@ _BLOCK_ELEMENTS = 1 << 16
 _SCAN_ELEMENTS = 1 << 20
 
 
-def to_planes(bits_P: Bits) -> bytes:
-    """The byte planes of a 1-D array: its lowest bytes first."""
+def to_planes(bits_P: Bits) -> list[bytes]:
+    """The byte planes of a 1-D array, that of the lowest bytes first."""
     if bits_P.itemsize == 1:
-        return bits_P.tobytes()
+        return [bits_P.tobytes()]
     planes = np.empty((bits_P.itemsize, bits_P.size), np.uint8)
     for start in range(0, bits_P.size, _BLOCK_ELEMENTS):
         block = bits_P[start : start + _BLOCK_ELEMENTS]
         for number, plane in enumerate(planes):
             np.right_shift(block, 8 * number, out=plane[start : start + block.size], casting="unsafe")
-    return planes.tobytes()
+    return [plane.tobytes() for plane in planes]
 
 
 def from_planes(raw: memoryview, width: int) -> Bits:
-    """The inverse of `to_planes`, for elements of `width` bytes. Read-only for a width of 1."""
+    """The inverse of `to_planes`, from joined planes, for elements of `width` bytes. Read-only for a width of 1."""
     planes = np.frombuffer(raw, np.uint8).reshape(width, len(raw) // width)
     if width == 1:
         return planes[0]
