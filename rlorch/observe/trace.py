@@ -166,7 +166,7 @@ class Tracer:
             }
 
     def summary(self) -> dict[str, Any]:
-        """Totals since the start, JSON-ready; open spans count for unions (a role's `busy_s`, `active_s`), not for sums.
+        """Totals since the start, for JSON; open spans count for unions (a role's `busy_s`, `active_s`), not for sums.
 
         `{"elapsed_s": s, "roles": {role: {"busy_s": s, "busy_fraction": f,
         "phases": {name: {"busy_s": s, "wait_s": s, "active_s": s, "count": n, "max_s": s}}}}}`
