@@ -89,7 +89,7 @@ class RewardPool:
             workers: by name.
             call_timeout_s: longest time of one call; `call_timeout_s(spec)` is what a worker may need.
             restart: starts a lost worker again by its name (`Runtime.reward_worker`), within `call_timeout_s`. None:
-                workers heal by themselves and stay in dispatch.
+                a worker that is lost stays out.
             on_lost: told the name and the error of every loss.
             slots_per_worker: rollouts that one worker holds at a time.
             capacity: rollouts in the pool; further callers wait.
@@ -116,13 +116,13 @@ class RewardPool:
 
         Raises:
             DeadlineError: no worker became free, and none ended a call, for longer than two calls can take.
-            ReplicaLostError: a lost worker could not be restarted, and there is no other.
+            ReplicaLostError: every worker is lost and none could be restarted.
             UserError: a worker that was restarted cannot load its plug-ins.
         """
         try:
             async with asyncio.TaskGroup() as group:
                 for slot in self._slots:
-                    if slot.lost and not slot.restarting:
+                    if slot.lost:
                         group.create_task(self._restart(slot), name=f"restart {slot.name}")
                 tasks = [
                     group.create_task(self._score(rollout, group), name=f"score {rollout.group_id}/{rollout.index}")
@@ -203,29 +203,30 @@ class RewardPool:
                     raise
 
     def _lose(self, slot: _Slot, error: Exception, group: asyncio.TaskGroup) -> None:
+        """Report it and take it out; a worker that answers nothing at once would otherwise draw every rollout."""
         self._lost += 1
         if self._on_lost is not None:
             self._on_lost(slot.name, error)
-        if self._restart_worker is None or slot.lost:
-            return
-        slot.lost = True
-        self._dispatch.resize(self._dispatch.limit - self._slots_per_worker)
-        group.create_task(self._restart(slot), name=f"restart {slot.name}")
+        if not slot.lost:
+            slot.lost = True
+            self._dispatch.resize(self._dispatch.limit - self._slots_per_worker)
+            group.create_task(self._restart(slot), name=f"restart {slot.name}")
 
     async def _restart(self, slot: _Slot) -> None:
         """Single flight per worker. A restart that fails leaves the worker out; the next `score` tries again."""
-        assert self._restart_worker is not None, "only then a worker is marked lost"
         if slot.restarting:
             return
         slot.restarting = True
         try:
+            if self._restart_worker is None:
+                raise ReplicaLostError(f"reward worker {slot.name!r} is lost and nothing restarts it")
             async with deadline(self._call_timeout_s, f"restarting reward worker {slot.name!r}"):
                 slot.worker = await self._restart_worker(slot.name)
         except (ReplicaLostError, DeadlineError) as error:
-            if self._on_lost is not None:
-                self._on_lost(slot.name, error)
             if all(other.lost for other in self._slots):
-                raise
+                raise ReplicaLostError(f"no reward worker is left; the last: {error}") from error
+            if self._on_lost is not None and self._restart_worker is not None:
+                self._on_lost(slot.name, error)
             return
         finally:
             slot.restarting = False
