@@ -121,7 +121,7 @@ def words(slot: Slot) -> str:
     members = alternatives(slot.annotation)
     plain = [member for member in members if member is not NoneType]
     text = " or ".join(dict.fromkeys(_words(member) for member in plain))
-    text += _bounds(slot.metadata)
+    text += _bounds(slot.metadata, counts=not (plain and plain[0] in (str, Path)))
     return f"{text} or null" if len(plain) < len(members) else text
 
 
@@ -149,14 +149,19 @@ def _plural(annotation: Any) -> str:
     return _PLURALS.get(text, text)
 
 
-def _bounds(metadata: Sequence[Any]) -> str:
+def _bounds(metadata: Sequence[Any], *, counts: bool) -> str:
+    """Ranges and lengths; `counts` says that a length counts items, not characters."""
+    unit = "items" if counts else "characters"
     parts: list[str] = []
     for item in metadata:
         parts += [f"{sign} {getattr(item, name):g}" for name, sign in _BOUNDS if getattr(item, name, None) is not None]
-        if getattr(item, "min_length", None) is not None:
-            parts.append(f"with at least {item.min_length} of them")
-        if getattr(item, "max_length", None) is not None:
-            parts.append(f"with at most {item.max_length} of them")
-        if getattr(item, "pattern", None) is not None:
-            parts.append(f"matching {item.pattern}")
-    return " " + " and ".join(parts) if parts else ""
+        if (least := getattr(item, "min_length", None)) is not None:
+            parts.append("not empty" if least == 1 else f"of at least {least} {unit}")
+        if (most := getattr(item, "max_length", None)) is not None:
+            parts.append(f"of at most {most} {unit}")
+        if (pattern := getattr(item, "pattern", None)) is not None:
+            parts.append(f"matching {pattern}")
+    if not parts:
+        return ""
+    text = " and ".join(parts)
+    return f", {text}" if text.startswith("not") else f" {text}"

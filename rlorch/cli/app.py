@@ -1,0 +1,148 @@
+"""The commands: each reads its arguments, imports what it needs, and calls one function."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlorch.cli.failures import guarded
+from rlorch.errors import ConfigError
+
+app = typer.Typer(
+    name="rlorch",
+    help="RL post-training of language models on hardware you own.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to change, e.g. steps=10 model=path.")
+]
+ConfigOrRun = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, or a run directory.")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        app(args=list(sys.argv[1:] if argv is None else argv), prog_name="rlorch")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+@app.callback()
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"rlorch {installed('rlorch')}")
+        raise typer.Exit
+
+
+@app.command()
+def quickstart(
+    folder: Annotated[Path | None, typer.Option("--dir", help="Default: a new runs/quickstart.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the model, the data and the sampling.")] = 0,
+    shuffle_advantages: Annotated[
+        bool, typer.Option("--shuffle-advantages", help="The control: same work, no signal. It must not learn.")
+    ] = False,
+    runtime: Annotated[str, typer.Option(help="ray, or local: all in this process.")] = "ray",
+    console: Annotated[str, typer.Option(help="auto, live, plain or off.")] = "auto",
+) -> None:
+    """Watch a tiny model learn: about two minutes, nothing to download."""
+
+    def command() -> int | None:
+        from rlorch.cli.commands import run_quickstart
+
+        return run_quickstart(folder, seed, shuffle_advantages, runtime, console, _say)
+
+    _run(command)
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="A YAML file, or a run directory to resume.")
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, start nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run directory stands.")] = False,
+    help_config: Annotated[bool, typer.Option("--help-config", help="Every key, its default and meaning.")] = False,
+) -> None:
+    """Train by a config file; Ctrl-C stops after the running step, with a checkpoint."""
+
+    def command() -> int | None:
+        from rlorch.cli.commands import describe_config, run_training
+
+        if help_config:
+            return describe_config(config, overrides or [], _say)
+        if config is None:
+            raise ConfigError("name a config file, for example: rlorch train examples/custom.yaml")
+        return run_training(config, overrides or [], dry_run=dry_run, resume=resume, say=_say)
+
+    _run(command)
+
+
+@app.command("eval")
+def evaluate(config: ConfigOrRun, overrides: Overrides = None) -> None:
+    """Evaluate a model on the held-out prompts of a config, or what a finished run made of it."""
+
+    def command() -> int | None:
+        from rlorch.cli.commands import run_evaluation
+
+        return run_evaluation(config, overrides or [], _say)
+
+    _run(command)
+
+
+@app.command()
+def check(
+    ray: Annotated[bool, typer.Option("--ray", help="Also start Ray and ask it what it has.")] = False,
+    engine: Annotated[bool, typer.Option("--engine", help="Also start an engine and test weight updates.")] = False,
+) -> None:
+    """Say what this machine has and what is missing, with the fix. Exit code 1 when something cannot work."""
+
+    def command() -> int | None:
+        from rlorch.cli.check import report
+
+        return report(with_ray=ray, with_engine=engine, say=_say)
+
+    _run(command)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")]) -> None:
+    """Write report.html into a run directory."""
+
+    def command() -> int | None:
+        from rlorch.cli.commands import make_report
+
+        return make_report(run_dir, _say)
+
+    _run(command)
+
+
+@app.command()
+def rewards() -> None:
+    """List the reward plug-ins that can be named in a config."""
+
+    def command() -> int | None:
+        from rlorch.cli.commands import list_rewards
+
+        return list_rewards(_say)
+
+    _run(command)
+
+
+def _say(text: str) -> None:
+    typer.echo(text)
+
+
+def _run(command: Callable[[], int | None]) -> None:
+    raise typer.Exit(guarded(command))
