@@ -232,7 +232,7 @@ def layer_kinds(names: Iterable[str]) -> dict[str, str]:
 
 
 def bits_of(values: torch.Tensor) -> Bits:
-    """A tensor's elements as flat numpy bits."""
+    """A tensor's elements as flat numpy bits; on CPU a view."""
     flat = values.detach().reshape(-1).cpu()
     return flat.view(SIGNED[flat.element_size()]).numpy().view(f"u{flat.element_size()}")
 

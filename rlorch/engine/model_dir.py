@@ -40,6 +40,13 @@ def _fetch(model: str) -> Path:
         raise ModelError(f"{model!r} is neither a directory nor a hub model that can be fetched: {error}") from error
 
 
+def num_experts(model_dir: Path) -> int:
+    """Routed experts of each layer; 0 for a dense model."""
+    config = json.loads((model_dir / "config.json").read_bytes())
+    keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return max((config.get(key) or 0) for key in keys)
+
+
 def stop_token_ids(model_dir: Path) -> tuple[int, ...]:
     """The ids that end a completion: EOS of the generation config and of the model config, sorted."""
     found: set[int] = set()

@@ -6,12 +6,15 @@ delta (sparse XOR into live parameters), a fixed sequence is scored, and the cha
 
     changed weights must change the log-probabilities, restored weights must restore them bit for bit.
 
+A tied embedding is both input and head, and a change that shows at the input hides a stale head. The probe's last
+token is no input to any scored position: changing only its row can show in the head alone.
+
 Runs with no request in flight, between two engine steps. One layer stands for all layers of its kind.
 
 T tokens, K changed elements.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -34,19 +37,20 @@ def run_self_test(weights: LiveWeights, score: Callable[[Tokens], Floats], vocab
     Args:
         weights: the live weights, loaded.
         score: log-probabilities of a sequence under the live weights, T - 1 values.
-        vocab_size: of the model; tensors with as many rows are probed in the rows of the probe's tokens.
+        vocab_size: of the model, more than `PROBE_TOKENS`; tensors with as many rows are probed in the rows of the
+            probe's tokens.
 
     Raises:
         SelfTestError: a change had no effect, or could not be undone. The engine must not serve.
     """
-    probe_T = (np.arange(1, PROBE_TOKENS + 1, dtype=np.int64) * 7919 % vocab_size).astype(np.int32)
+    probe_T = np.linspace(0, vocab_size - 1, PROBE_TOKENS).astype(np.int32)
     original = score(probe_T)
     if not np.isfinite(original).all():
         raise SelfTestError(f"version {weights.version} scores {original}: its weights are not finite")
     if not np.array_equal(score(probe_T), original):
         raise SelfTestError("the engine scores one sequence differently twice: nothing it computes can be checked")
-    for name in layer_kinds(weights.names).values():
-        index_K, xor_K = _perturbation(weights, name, probe_T, vocab_size)
+    for name, index_K in _probes(weights, probe_T, vocab_size):
+        xor_K = _negated(weights, name, index_K)
         weights.perturb(name, index_K, xor_K)
         changed = score(probe_T)
         weights.perturb(name, index_K, xor_K)
@@ -59,18 +63,22 @@ def run_self_test(weights: LiveWeights, score: Callable[[Tokens], Floats], vocab
             raise SelfTestError(f"after {name!r} was restored bit for bit, the log-probabilities were not")
 
 
-def _perturbation(
-    weights: LiveWeights, name: str, probe_T: Tokens, vocab_size: int
-) -> tuple[NDArray[np.int64], NDArray[np.unsignedinteger]]:
-    """Every second element (of the probe's rows, for embeddings) negated; zeros, say in a bias, become 1/2."""
-    shape, dtype = weights.place(name)
-    old = weights.read(name)
-    if len(shape) == 2 and shape[0] == vocab_size:
-        rows = np.unique(probe_T).astype(np.int64)
-        index_K = (rows[:, None] * shape[1] + np.arange(0, shape[1], 2)).reshape(-1)
-    else:
-        index_K = np.arange(0, len(old), 2)
-    index_K = index_K[:: -(-len(index_K) // MAX_CHANGED)]
-    values_K = values_of(old[index_K], dtype)
-    new_K = torch.where(values_K == 0, torch.full_like(values_K, 0.5), -values_K)
-    return index_K, old[index_K] ^ bits_of(new_K)
+def _probes(weights: LiveWeights, probe_T: Tokens, vocab_size: int) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    """What to change: half of the elements of one tensor of each kind, of the probe's rows in a vocabulary."""
+    names = list(layer_kinds(weights.names).values())
+    by_token = [name for name in names if len(weights.place(name)[0]) == 2 and weights.place(name)[0][0] == vocab_size]
+    for name in names:
+        if name not in by_token:
+            index_K = np.arange(0, len(weights.read(name)), 2)
+            yield name, index_K[:: -(-len(index_K) // MAX_CHANGED)]
+            continue
+        width = weights.place(name)[0][1]
+        for tokens in [probe_T, probe_T[-1:]] if len(by_token) == 1 else [probe_T]:
+            yield name, (tokens.astype(np.int64)[:, None] * width + np.arange(0, width, 2)).reshape(-1)
+
+
+def _negated(weights: LiveWeights, name: str, index_K: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
+    """The bits to XOR that negate these elements; zeros, say in a bias, become 1/2."""
+    old_K = weights.read(name)[index_K]
+    values_K = values_of(old_K, weights.place(name)[1])
+    return old_K ^ bits_of(torch.where(values_K == 0, torch.full_like(values_K, 0.5), -values_K))

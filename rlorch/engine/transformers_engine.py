@@ -172,9 +172,7 @@ class TransformersBackend:
         output = self._model(
             input_ids=tokens_BT,
             attention_mask=(steps[None] >= held - lengths[:, None]).long().expand(len(tokens_BT), -1),
-            position_ids=(lengths[:, None] + torch.arange(tokens_BT.shape[1], device=self._device)).expand_as(
-                tokens_BT
-            ),
+            position_ids=positions.expand_as(tokens_BT),
             past_key_values=past,
             use_cache=True,
             logits_to_keep=1,

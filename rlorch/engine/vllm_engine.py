@@ -8,11 +8,17 @@ Each weight version has its own `cache_salt`: requests in flight keep their KV a
 and the prefix cache never serves KV of one version to a request of another. A request that is still waiting at a
 commit is queued again under the new salt.
 
+vLLM keeps the context of the running forward, and the process groups, in globals. Several engines of one process
+therefore take turns (`ONE_AT_A_TIME`), and closing one leaves the process groups to the others and to the trainer.
+Replicas that shall run at the same time belong in processes of their own.
+
 The samples of a request are separate vLLM requests, so that each has its own seed, spans and queue time; they share
 the prompt's KV through the prefix cache, as vLLM's own fan-out does.
 """
 
+import gc
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +27,15 @@ import numpy as np
 import torch
 
 from rlorch.engine.live_weights import LiveWeights
-from rlorch.engine.model_dir import has_tokenizer, local_model_dir, resolve_dtype, stop_token_ids
+from rlorch.engine.model_dir import has_tokenizer, local_model_dir, num_experts, resolve_dtype, stop_token_ids
 from rlorch.engine.stepped import Load, Outcome, Sample, SteppedEngine
 from rlorch.errors import ConfigError, ModelError, RetryableError, SelfTestError
 from rlorch.specs import Dtype, SamplerSpec
 from rlorch.types import Completion, FinishReason, Floats, Tokens, VersionSpan
 
 SCORE_KEY = "score"
+ONE_AT_A_TIME = threading.RLock()
+"""Held while any vLLM engine of this process builds, steps or closes."""
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 ENVIRONMENT = {
@@ -59,6 +67,11 @@ def open_vllm_engine(
             "replica: set it to 1 and raise sampler.replicas"
         )
     on_cpu = not torch.cuda.is_available()
+    if on_cpu and (experts := num_experts(path)):
+        raise ModelError(
+            f"{path.name} is a mixture of {experts} experts: vLLM on CPU packs expert weights, so that they cannot be "
+            "updated in place; use a GPU, or sampler.engine=transformers"
+        )
     _set_environment(on_cpu, spec.threads)
     return SteppedEngine(
         f"vllm:{path.name}",
@@ -106,9 +119,12 @@ class VllmBackend:
         if on_cpu:
             torch.set_num_threads(spec.threads)
         try:
-            self._engine = _build(model_dir, spec, dtype, on_cpu)
+            with ONE_AT_A_TIME:
+                self._engine = _build(model_dir, spec, dtype, on_cpu)
         finally:
             torch.set_num_threads = set_num_threads  # vLLM's CPU worker disables it for the whole process
+        self._core: Any = self._engine.engine_core
+        self._core._finalizer.detach()  # it would tear down the process groups of the whole process (see close)
         self._stats = _StepStats()
         self._engine.logger_manager = self._stats
         self.weights = self._live_weights()
@@ -116,6 +132,7 @@ class VllmBackend:
         self.max_model_len: int = self._engine.model_config.max_model_len
         self._stop_token_ids = stop_token_ids(model_dir)
         self._samples: dict[str, Sample] = {}
+        self._internal_ids: dict[str, str] = {}
         self._salt = "unloaded"
 
     def _live_weights(self) -> LiveWeights:
@@ -135,7 +152,7 @@ class VllmBackend:
         from vllm.inputs import tokens_input
 
         prompt = tokens_input(sample.prompt_T.tolist(), cache_salt=self._salt)
-        self._engine.add_request(sample.key, prompt, self._sampling_params(sample))
+        self._internal_ids[sample.key] = self._engine.add_request(sample.key, prompt, self._sampling_params(sample))
         self._samples[sample.key] = sample
 
     def _sampling_params(self, sample: Sample) -> Any:
@@ -164,13 +181,17 @@ class VllmBackend:
         self._engine.abort_request(list(keys))
         for key in keys:
             self._samples.pop(key, None)
+            self._internal_ids.pop(key, None)
 
     def step(self) -> list[tuple[str, Outcome]]:
         """One scheduler step."""
-        return [self._outcome(output) for output in self._engine.step() if output.finished]
+        with ONE_AT_A_TIME:
+            outputs = self._engine.step()
+        return [self._outcome(output) for output in outputs if output.finished]
 
     def _outcome(self, output: Any) -> tuple[str, Outcome]:
         sample = self._samples.pop(output.request_id)
+        del self._internal_ids[sample.key]
         result = output.outputs[0]
         reason = _FINISH.get(result.finish_reason)
         if reason is None:
@@ -191,7 +212,9 @@ class VllmBackend:
         self._engine.add_request(SCORE_KEY, tokens_input(tokens_T.tolist(), cache_salt=self._salt), params)
         finished: list[tuple[str, Outcome]] = []
         while True:
-            for output in self._engine.step():
+            with ONE_AT_A_TIME:
+                outputs = self._engine.step()
+            for output in outputs:
                 if output.request_id != SCORE_KEY:
                     finished.append(self._outcome(output))
                 elif output.finished:
@@ -203,9 +226,8 @@ class VllmBackend:
         """Label tokens from here on, and move requests that have computed nothing to the new salt."""
         self._salt = f"v{version}"
         self._engine.set_weight_version(str(version))
-        core: Any = self._engine.engine_core
-        fresh = [r.external_req_id for r in core.engine_core.scheduler.waiting if not r.num_computed_tokens]
-        untouched = [self._samples[key] for key in fresh if key in self._samples]
+        waiting = {r.request_id for r in self._core.engine_core.scheduler.waiting if not r.num_computed_tokens}
+        untouched = [self._samples[key] for key, internal in self._internal_ids.items() if internal in waiting]
         self.drop([sample.key for sample in untouched])
         for sample in untouched:
             self.add(sample)
@@ -215,8 +237,17 @@ class VllmBackend:
         return self._stats.load
 
     def close(self) -> None:
-        """Shut the engine core down."""
-        self._engine.engine_core.shutdown()
+        """Free the model and the cache. vLLM's own shutdown would also destroy `torch.distributed` for everybody."""
+        with ONE_AT_A_TIME:
+            core = self._core.engine_core
+            core.structured_output_manager.clear_backend()
+            core.model_executor.shutdown()
+            core.scheduler.shutdown()
+            del self._engine, self._core, self.weights, core
+            gc.unfreeze()  # vLLM froze its objects when it started; without this they are never collected
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def _build(model_dir: Path, spec: SamplerSpec, dtype: str, on_cpu: bool) -> Any:
@@ -250,9 +281,5 @@ def _build(model_dir: Path, spec: SamplerSpec, dtype: str, on_cpu: bool) -> Any:
     else:
         arguments["gpu_memory_utilization"] = spec.gpu_memory_fraction
     config = EngineArgs(**arguments).create_engine_config()
-    if on_cpu and config.model_config.is_moe:
-        raise ModelError(
-            f"{model_dir.name} is a mixture of experts: vLLM on CPU packs expert weights, so that they cannot be "
-            "updated in place; use a GPU or sampler.engine=transformers"
-        )
+    assert not (on_cpu and config.model_config.is_moe), f"{model_dir} has experts that its config.json does not name"
     return LLMEngine(config, Executor.get_class(config), log_stats=True)

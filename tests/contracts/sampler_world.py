@@ -1,0 +1,178 @@
+"""A tiny Qwen3, its published versions, and the slow reference that an engine's log-probabilities are held to."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+
+from rlorch.engine.live_weights import bits_of, values_of
+from rlorch.types import Completion, Floats, Manifest, SamplingParams, Tokens
+from rlorch.weights.codec import encode_update
+from rlorch.weights.manifest import state_digest
+
+VOCAB = 128
+EOS = 1
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+Bits = NDArray[np.unsignedinteger]
+State = dict[str, Bits]
+
+
+def tiny_config() -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=VOCAB, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, max_position_embeddings=512,
+        initializer_range=0.1, eos_token_id=EOS, bos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+
+
+def make_model_dir(directory: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    Qwen3ForCausalLM(tiny_config()).save_pretrained(directory)
+    return directory
+
+
+@dataclass
+class World:
+    """`states[v]` are the bits of version v; `deltas[v]` leads from v - 1 to v."""
+
+    directory: Path
+    dtype: torch.dtype
+    states: list[State] = field(default_factory=list)
+    deltas: list[tuple[Manifest, bytes]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        model = Qwen3ForCausalLM.from_pretrained(self.directory, dtype=self.dtype)
+        state = {name: bits_of(tensor).reshape(tensor.shape).copy() for name, tensor in model.named_parameters()}
+        self.states.append(state)
+        self.deltas.append(self.anchor(0))
+        self._model = model.eval()
+        self._loaded: State | None = None
+
+    def anchor(self, version: int) -> tuple[Manifest, bytes]:
+        return encode_update(
+            version=version,
+            kind="anchor",
+            base_version=None,
+            base=None,
+            new=self.states[version],
+            dtypes=self._dtypes(),
+        )
+
+    def advance(self, edit: Callable[[State], State]) -> tuple[Manifest, bytes]:
+        """Publish the next version as a delta."""
+        base, version = self.states[-1], len(self.states)
+        self.states.append(edit(base))
+        delta = encode_update(
+            version=version,
+            kind="delta",
+            base_version=version - 1,
+            base=base,
+            new=self.states[-1],
+            dtypes=self._dtypes(),
+        )
+        self.deltas.append(delta)
+        return delta
+
+    def _dtypes(self) -> dict[str, str]:
+        return dict.fromkeys(self.states[0], NAMES[self.dtype])
+
+    # --- edits --------------------------------------------------------------------------------------------
+
+    def sparse(self, seed: int) -> Callable[[State], State]:
+        """A few elements of every tensor, changed visibly."""
+        return lambda state: self._edit(state, seed, share=0.005, scale=0.5)
+
+    def dense(self, seed: int) -> Callable[[State], State]:
+        """Every element of every tensor, as an optimizer step at a high learning rate does."""
+        return lambda state: self._edit(state, seed, share=1.0, scale=0.03)
+
+    def _edit(self, state: State, seed: int, *, share: float, scale: float) -> State:
+        generator = torch.Generator().manual_seed(seed)
+        new: State = {}
+        for name, bits in state.items():
+            values = values_of(bits.reshape(-1), self.dtype).float()
+            chosen = torch.rand(len(values), generator=generator) < share
+            step = torch.randn(len(values), generator=generator) * scale
+            new[name] = bits_of((values + step * chosen).to(self.dtype)).reshape(bits.shape)
+        return new
+
+    # --- the reference ------------------------------------------------------------------------------------
+
+    def model(self, version: int) -> Qwen3ForCausalLM:
+        """The transformers model with the weights of a version."""
+        if self._loaded is not self.states[version]:
+            with torch.no_grad():
+                for name, parameter in self._model.named_parameters():
+                    bits = self.states[version][name]
+                    parameter.copy_(values_of(bits.reshape(-1), self.dtype).reshape(parameter.shape))
+            self._loaded = self.states[version]
+        return self._model
+
+    @torch.inference_mode()
+    def scores(self, version: int, tokens_T: Tokens) -> Floats:
+        """Log-probabilities of tokens 1..T-1, by one forward."""
+        tokens = torch.from_numpy(tokens_T.astype(np.int64))[None]
+        logprobs = self.model(version)(input_ids=tokens).logits[0, :-1].float().log_softmax(-1)
+        return logprobs.gather(-1, tokens[0, 1:, None])[:, 0].numpy()
+
+    @torch.inference_mode()
+    def replay(self, prompt_T: Tokens, completion: Completion, params: SamplingParams) -> Floats:
+        """Log-probabilities of a completion's tokens, one decode step at a time, each with the weights that the spans
+        name and the cache that earlier versions left behind: wrong if a span is off by one token."""
+        cache = DynamicCache()
+        inputs = torch.from_numpy(prompt_T.astype(np.int64))[None]
+        found: list[float] = []
+        for span in completion.spans:
+            for position in range(span.start, span.stop):
+                token = int(completion.tokens_T[position])
+                logits = self.model(span.version)(input_ids=inputs, past_key_values=cache, use_cache=True).logits
+                found.append(float(behaviour_logprobs(logits[0, -1].float(), params)[token]))
+                inputs = torch.tensor([[token]])
+        return np.array(found, np.float32)
+
+
+def behaviour_logprobs(logits_V: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """The distribution that the next token is drawn from, the obvious way: one token after the other."""
+    if params.temperature == 0:
+        return logits_V.log_softmax(-1)
+    logits_V = logits_V / params.temperature
+    order = logits_V.argsort(descending=True).tolist()
+    kept = order[: params.top_k] if params.top_k > 0 else order
+    probs = torch.full_like(logits_V, -torch.inf).index_copy(0, torch.tensor(kept), logits_V[kept]).softmax(-1)
+    nucleus: list[int] = []
+    for token in kept:
+        if nucleus and float(probs[nucleus].sum()) >= params.top_p:
+            break
+        nucleus.append(token)
+    return torch.full_like(logits_V, -torch.inf).index_copy(0, torch.tensor(nucleus), logits_V[nucleus]).log_softmax(-1)
+
+
+def with_wrong_tensor_digest(update: tuple[Manifest, bytes]) -> tuple[Manifest, bytes]:
+    """A delta that decodes, but whose published digest of one changed tensor is not what it leads to."""
+    manifest, payload = update
+    entries = list(manifest.tensors)
+    index = next(i for i, entry in enumerate(entries) if entry.coding != "same")
+    entries[index] = replace(entries[index], digest="0" * 32)
+    return replace(manifest, tensors=tuple(entries), digest=state_digest(entries)), payload
+
+
+@lru_cache
+def prompt(seed: int, length: int) -> Tokens:
+    return np.random.default_rng(seed).integers(2, VOCAB, length, dtype=np.int32)
+
+
+def covers(completion: Completion) -> bool:
+    """Spans are in order, without gaps, over all tokens, and no version comes twice."""
+    stops: Sequence[int] = [0, *(span.stop for span in completion.spans)]
+    versions = [span.version for span in completion.spans]
+    return (
+        [span.start for span in completion.spans] == list(stops[:-1])
+        and stops[-1] == len(completion.tokens_T) == len(completion.logprobs_T)
+        and all(span.start < span.stop for span in completion.spans)
+        and versions == sorted(set(versions))
+    )

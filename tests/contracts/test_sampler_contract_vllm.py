@@ -1,0 +1,165 @@
+"""The vLLM engine keeps the sampler engines' contract, and what only vLLM can get wrong.
+
+One process imports vLLM once (about 20 s); every further engine starts in 1 to 2 s.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from sampler_contract import WAIT_S, Open, SamplerContract, WeightsContract, contract_spec
+from sampler_world import World, make_model_dir, prompt, tiny_config
+
+from rlorch.engine.live_weights import values_of
+from rlorch.engine.sampler import open_sampler_engine
+from rlorch.errors import ConfigError, ModelError, ReplicaLostError, SelfTestError
+from rlorch.types import Floats, SamplingParams, Tokens
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+SPEC = contract_spec("vllm")
+
+
+class TestVllmFloat32(SamplerContract):
+    tolerance = 2e-4
+
+    @pytest.fixture(scope="class")
+    def open_engine(self) -> Open:
+        return partial(open_sampler_engine, spec=SPEC, dtype="float32")
+
+    def test_updated_weights_score_bit_for_bit_as_vllm_that_loads_them_from_files(
+        self, engine: Any, world: World, tmp_path: Path
+    ) -> None:
+        for version, edit in enumerate([world.sparse(1), world.dense(2), world.sparse(3)], start=1):
+            engine.stage(*world.advance(edit))
+            engine.commit(version)
+        make_model_dir(tmp_path)
+        save_file(
+            {
+                name: values_of(bits.reshape(-1), torch.float32).reshape(bits.shape)
+                for name, bits in world.states[3].items()
+            },
+            tmp_path / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        updated = engine.score(prompt(0, 60)).result(WAIT_S)
+        assert np.array_equal(updated, _scores_of_vllm_alone(tmp_path, prompt(0, 60)))
+
+    def test_a_stale_packed_head_is_found_by_the_self_test_and_ends_the_engine(
+        self, open_engine: Open, directory: Path
+    ) -> None:
+        from rlorch.engine import vllm_worker
+
+        engine: Any = open_engine(directory)
+        try:
+            engine.load([World(directory, self.dtype).anchor(0)])
+            head = engine._backend._engine.collective_rpc(lambda worker: worker.model_runner.get_model().lm_head)[0]
+            vllm_worker.pack_weights_again()
+            from vllm.model_executor.layers import utils
+
+            utils.dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+            with pytest.raises(SelfTestError, match=r"embed_tokens"):
+                engine.self_test()
+            with pytest.raises(ReplicaLostError, match="self-test"):
+                engine.submit(prompt(0, 4), SamplingParams(), "r")
+        finally:
+            vllm_worker.keep_weights_unpacked()
+            engine.close()
+
+    def test_a_step_that_raises_fails_every_waiting_request_and_the_engine(
+        self, open_engine: Open, directory: Path
+    ) -> None:
+        engine: Any = open_engine(directory)
+        engine.load([World(directory, self.dtype).anchor(0)])
+        futures = [engine.submit(prompt(i, 6), SamplingParams(max_tokens=200, n=20), f"r{i}") for i in range(4)]
+
+        def break_head(worker: Any) -> None:
+            worker.model_runner.get_model().lm_head.cpu_linear = None
+
+        score = engine._call(lambda: engine._backend._engine.collective_rpc(break_head))
+        score.result(WAIT_S)
+        for future in futures:
+            with pytest.raises(ReplicaLostError, match="died in a step"):
+                future.result(WAIT_S)
+        with pytest.raises(ReplicaLostError, match="died in a step"):
+            engine.stats()
+        engine.close()
+
+    def test_tensor_parallel_replicas_are_refused(self, directory: Path) -> None:
+        with pytest.raises(ConfigError, match="tensor_parallel"):
+            open_sampler_engine(directory, SPEC.model_copy(update={"tensor_parallel": 2}))
+
+    def test_a_trainer_that_publishes_another_dtype_is_told_which(self, engine: Any, directory: Path) -> None:
+        with pytest.raises(ModelError, match="serve_dtype"):
+            engine.load([World(directory, torch.bfloat16).anchor(0)])
+
+
+class TestVllmBfloat16(WeightsContract):
+    dtype = torch.bfloat16
+    tolerance = 0.15
+
+    @pytest.fixture(scope="class")
+    def open_engine(self) -> Open:
+        return partial(open_sampler_engine, spec=SPEC, dtype="bfloat16")
+
+
+@pytest.fixture
+def packing() -> Iterator[None]:
+    """vLLM as it is out of the box: weights are packed after loading, and nobody turns that off."""
+    from vllm.model_executor.layers import utils
+
+    from rlorch.engine import vllm_worker
+
+    vllm_worker.keep_weights_unpacked()
+    leave_unpacked: Any = utils.dispatch_cpu_unquantized_gemm
+    original: Callable[..., None] = leave_unpacked.packs
+
+    def packs(layer: torch.nn.Module, remove_weight: bool) -> None:
+        original(layer, remove_weight)
+
+    packs.packs = original  # type: ignore[attr-defined]  # taken for the unpacked one, so it stays
+    utils.dispatch_cpu_unquantized_gemm = packs
+    yield
+    utils.dispatch_cpu_unquantized_gemm = leave_unpacked
+
+
+def test_packed_weights_are_found_at_start(packing: None, tmp_path: Path) -> None:
+    with pytest.raises(SelfTestError, match="packed away"):
+        open_sampler_engine(make_model_dir(tmp_path), SPEC, dtype="float32")
+
+
+def test_mixtures_of_experts_are_refused_on_cpu(tmp_path: Path) -> None:
+    config = tiny_config().to_dict() | {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True, "decoder_sparse_step": 1,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="experts"):
+        open_sampler_engine(tmp_path, SPEC, dtype="float32")
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json"):
+        open_sampler_engine(tmp_path, SPEC)
+
+
+def _scores_of_vllm_alone(directory: Path, tokens_T: Tokens) -> Floats:
+    """vLLM's own loader and engine, nothing of ours but the unpacked matrices."""
+    from vllm import LLM
+    from vllm import SamplingParams as VllmSamplingParams
+
+    engine = LLM(
+        model=str(directory), dtype="float32", skip_tokenizer_init=True, enforce_eager=True, max_model_len=256,
+        max_num_seqs=8, kv_cache_memory_bytes=2**27, seed=0, disable_log_stats=True,
+    )  # fmt: skip
+    params = VllmSamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    (output,) = engine.generate([{"prompt_token_ids": tokens_T.tolist()}], params, use_tqdm=False)
+    positions = zip(output.prompt_logprobs[1:], tokens_T[1:].tolist(), strict=True)
+    return np.array([position[token].logprob for position, token in positions], np.float32)
