@@ -1,5 +1,6 @@
 """The completion is mathematically equal to the answer, by math-verify."""
 
+import logging
 import re
 
 from rlorch.errors import PluginError
@@ -29,7 +30,10 @@ class Math:
             from math_verify import parse, verify
         except ImportError as error:
             raise PluginError(f"the reward 'math' needs math-verify ({error}): pip install 'rlorch[math]'") from error
+        # It warns that it sets no alarms; that is meant, the worker's time budget is the alarm.
+        logging.getLogger("math_verify").setLevel(logging.ERROR)
         self._parse, self._verify = parse, verify
+        verify(parse("$1$", parsing_timeout=0), parse("$1$", parsing_timeout=0), timeout_seconds=None)  # warm: 1 s
         self._answer = answer
 
     def __call__(self, rollout: Rollout) -> float:
