@@ -392,3 +392,42 @@ def test_an_engine_that_takes_no_abort_cannot_keep_the_caller():
         return await pool.sample(prompt(0), params(), "next")
 
     assert run_virtual(scenario())
+
+
+def test_a_request_that_is_granted_and_cancelled_in_one_step_gives_its_slot_back():
+    async def scenario() -> None:
+        sampler = replica("a")
+        pool = SamplerPool({"a": sampler}, fixed(1))
+        pool.routable("a", False)
+        async with asyncio.TaskGroup() as group:
+            unlucky = group.create_task(pool.sample(prompt(0), params(), "unlucky"))
+            heir = group.create_task(pool.sample(prompt(1), params(), "heir"))
+            await asyncio.sleep(1)
+            pool.routable("a", True)
+            assert pool.view().in_flight == 1
+            unlucky.cancel()
+        assert unlucky.cancelled()
+        assert heir.result()
+        assert_idle(pool, sampler)
+
+    run_virtual(scenario())
+
+
+def test_a_replica_that_closes_between_grant_and_sending_gets_nothing():
+    async def scenario() -> None:
+        sampler = replica("a")
+        pool = SamplerPool({"a": sampler}, fixed(4))
+        pool.routable("a", False)
+        async with asyncio.TaskGroup() as group:
+            call = group.create_task(pool.sample(prompt(0), params(), "r"))
+            await asyncio.sleep(1)
+            pool.routable("a", True)
+            assert pool.view().in_flight == 1
+            pool.routable("a", False)
+            await asyncio.sleep(1)
+            assert (sampler.held, pool.view().in_flight, pool.view().queued) == ((), 0, 1)
+            pool.routable("a", True)
+        assert call.result()
+        assert_idle(pool, sampler)
+
+    run_virtual(scenario())
