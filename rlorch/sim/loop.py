@@ -32,10 +32,11 @@ class DeadlockError(InvariantError, RuntimeError):
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """An event loop with a clock of its own, in virtual seconds, that starts at 0."""
+    """An event loop with a clock of its own, in virtual seconds, that starts at 0 and must not pass `limit_s`."""
 
-    def __init__(self, thread_patience_s: float = THREAD_PATIENCE_S) -> None:
+    def __init__(self, thread_patience_s: float = THREAD_PATIENCE_S, limit_s: float = float("inf")) -> None:
         self._virtual_now = 0.0
+        self._limit_s = limit_s
         self._thread_patience_s = thread_patience_s
         self._thread_calls: list[str] = []
         super().__init__(_JumpingSelector(self))
@@ -79,6 +80,12 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
                 f"deadlock at virtual time {self._virtual_now:g} s: every task waits and no timer is set. "
                 f"Give the wait a deadline or wake it. {_describe_tasks(self)}"
             )
+        if self._virtual_now + timeout > self._limit_s:
+            limit_s, self._limit_s = self._limit_s, float("inf")  # said once: what follows is clean-up
+            raise DeadlockError(
+                f"virtual time passes its limit of {limit_s:g} s: a periodic task keeps the clock going while the "
+                f"rest waits. {_describe_tasks(self)}"
+            )
         self._virtual_now += timeout
         return ready
 
@@ -94,11 +101,15 @@ class _JumpingSelector(selectors.DefaultSelector):
         return self._loop.next_event(super().select, timeout)
 
 
-def run_virtual(coro: Coroutine[Any, Any, T]) -> T:
+def run_virtual(coro: Coroutine[Any, Any, T], *, limit_s: float = float("inf")) -> T:
     """Run a coroutine to its end in virtual time and return its result.
 
+    Args:
+        limit_s: virtual seconds it may take. Programs with periodic tasks (a poll of gauges) need one: their timers
+            hide a deadlock, and without a limit the clock runs on for ever.
+
     Raises:
-        DeadlockError: every task waits and nothing can wake one.
+        DeadlockError: every task waits and nothing can wake one, or the limit is passed.
         InvariantError: the coroutine returned while tasks that it started were still alive.
     """
 
@@ -110,7 +121,7 @@ def run_virtual(coro: Coroutine[Any, Any, T]) -> T:
             raise InvariantError(f"the program returned with tasks still alive. {_describe_tasks(left=left)}")
         return result
 
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+    with asyncio.Runner(loop_factory=lambda: VirtualTimeLoop(limit_s=limit_s)) as runner:
         return runner.run(main())
 
 

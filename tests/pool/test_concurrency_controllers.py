@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from rlorch.aio import Limiter
 from rlorch.pool.controllers import AdaptiveConcurrencyController, FixedConcurrencyController
 from rlorch.pool.strategy import ResponseMetrics
 from rlorch.sim.loop import run_virtual
@@ -114,5 +115,20 @@ def test_no_slot_is_lost_or_doubled_when_callers_are_cancelled_at_random(seed: i
                 await asyncio.sleep(rng.choice((0, 0.25)))
                 rng.choice(tasks).cancel()
         assert controller.in_flight == 0
+
+    run_virtual(scenario())
+
+
+@pytest.mark.parametrize("kind", ["limiter", "controller"])
+def test_a_waiter_cancelled_in_the_step_of_a_release_leaves_the_queue_intact(kind: str):
+    async def scenario() -> None:
+        slots = Limiter(1) if kind == "limiter" else FixedConcurrencyController(1)
+        await slots.acquire()
+        async with asyncio.TaskGroup() as group:
+            unlucky, heir = group.create_task(slots.acquire()), group.create_task(slots.acquire())
+            await asyncio.sleep(0)
+            unlucky.cancel()
+            slots.release()
+        assert (unlucky.cancelled(), heir.done(), slots.in_flight) == (True, True, 1)
 
     run_virtual(scenario())

@@ -152,7 +152,7 @@ def outcomes_of(seed: int) -> Counter[str]:
         counts["moved"] = view.counts.get("moved", 0)
         return counts
 
-    return run_virtual(scenario())
+    return run_virtual(scenario(), limit_s=3600)
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))

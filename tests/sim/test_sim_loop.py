@@ -122,3 +122,17 @@ def test_a_program_gives_the_same_interleaving_every_time():
         return log
 
     assert run_virtual(scenario()) == run_virtual(scenario())
+
+
+def test_a_deadlock_behind_a_periodic_task_is_found_by_the_limit():
+    async def scenario() -> None:
+        async def poll() -> None:
+            while True:
+                await asyncio.sleep(1)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(poll(), name="gauges")
+            group.create_task(asyncio.Event().wait(), name="stuck")
+
+    with pytest.raises(DeadlockError, match=r"limit of 100 s.*stuck at"):
+        run_virtual(scenario(), limit_s=100)
