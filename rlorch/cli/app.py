@@ -34,15 +34,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"rlorch {version('rlorch')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _top(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"rlorch {installed('rlorch')}")
-        raise typer.Exit
+    pass
 
 
 @app.command()

@@ -223,13 +223,15 @@ def _start_ray() -> str:
 def _test_engine() -> str:
     from rlorch.engine.sampler import open_sampler_engine
     from rlorch.engine.tiny import make_tiny_model
-    from rlorch.specs import SamplerSpec
+    from rlorch.engine.trainer import TorchTrainer
+    from rlorch.specs import SamplerSpec, TrainerSpec, WeightsSpec
 
     with tempfile.TemporaryDirectory() as folder:
         make_tiny_model(folder)
         spec = SamplerSpec(max_model_len=64, max_num_seqs=8, cpu_kv_cache_gib=0.25, gpu_memory_fraction=0.3)
         engine = open_sampler_engine(folder, spec)
         try:
+            engine.load([TorchTrainer(folder, TrainerSpec(device="cpu"), WeightsSpec()).export("anchor")])
             engine.self_test()
         finally:
             engine.close()

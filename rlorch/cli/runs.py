@@ -22,9 +22,9 @@ from rlorch.config import load_config
 from rlorch.config.document import read_document
 from rlorch.errors import ConfigError
 from rlorch.placement import Devices, Plan, adjusted, make_plan, render
-from rlorch.plugins import resolve, sibling
+from rlorch.plugins import sibling
 from rlorch.ports import Runtime
-from rlorch.scoring.plugin import REWARD_KIND
+from rlorch.scoring.plugin import load_term
 from rlorch.specs import RuntimeSpec
 
 T = TypeVar("T")
@@ -118,11 +118,11 @@ def plan_text(recipe: Recipe, config: Any) -> str:
 
     Raises:
         PlacementError: the roles do not fit.
-        PluginError: a reward cannot be loaded.
+        PluginError: a reward cannot be loaded, or has other options.
     """
     spec = recipe.runtime_spec(config)
     for term in spec.rewards.terms if spec.rewards else ():
-        resolve(term.plugin, REWARD_KIND)
+        load_term(term.plugin, term.weight, term.options)
     if config.runtime == "ray" and config.address is not None:
         with open_host("ray", config.address) as host:
             return render(make_plan(host.devices, spec, model_size(spec.model)), host.devices)
