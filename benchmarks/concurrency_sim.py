@@ -1,6 +1,6 @@
 """Window controllers against the best fixed window, on one simulated vLLM replica and the same trace.
 
-    python benchmarks/concurrency_sim.py [--seconds 120] [--n 1]
+    python benchmarks/concurrency_sim.py [--seconds 60] [--n 1]
 
 The engine is `rlorch.sim`'s queueing model, fitted to a measured vLLM (CPU, max_num_seqs 32). W* is the fixed window
 with the most tokens per second. Times are virtual seconds. This says how the controllers compare on this model, not
@@ -111,7 +111,7 @@ def report(results: dict[str, Result]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=120, help="virtual seconds per run")
+    parser.add_argument("--seconds", type=int, default=60, help="virtual seconds per run")
     parser.add_argument("--n", type=int, default=1, help="completions per request")
     options = parser.parse_args()
     started = time.perf_counter()
