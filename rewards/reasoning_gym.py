@@ -8,6 +8,10 @@ from rlorch.scoring import Rollout, reward
 
 from ._row import field
 
+# They compare boards as tuples of tuples, and a row that was JSON has lists: the right answer would get 0.05. The other
+# tasks of reasoning_gym 0.1.25 score a row that was JSON as they score the original.
+_TUPLE_BOARDS = frozenset({"arc_agi", "rearc"})
+
 
 @reward(name="reasoning_gym")
 class ReasoningGym:
@@ -55,7 +59,10 @@ class ReasoningGym:
             return 0.0
         row = dict(rollout.row)
         answer = rollout.completion.strip() if self._strip else rollout.completion
-        score = float(self._score_fn(self._task or _task_of(rollout))(answer=answer, entry=row))
+        task = self._task or _task_of(rollout)
+        if task in _TUPLE_BOARDS:
+            row["metadata"] = {**row["metadata"], "output": tuple(map(tuple, row["metadata"]["output"]))}
+        score = _checked_score(self._score_fn(task), answer, row)
         return score if self._threshold is None else float(score >= self._threshold)
 
     def _score_fn(self, task: str) -> Callable[..., float]:
@@ -65,6 +72,19 @@ class ReasoningGym:
             except ValueError as error:
                 raise PluginError(f"reasoning_gym has no task {task!r}: {error}") from error
         return self._score_fns[task]
+
+
+def _checked_score(score_fn: Callable[..., float], answer: str, row: dict[str, Any]) -> float:
+    """The task's score; 0 where the task cannot read the answer though it can read the right one.
+
+    Some tasks (prime_factorization) raise on a malformed answer: that is a wrong answer. A task that raises on its own
+    answer has a broken row, and that stays an error.
+    """
+    try:
+        return float(score_fn(answer=answer, entry=row))
+    except Exception:
+        score_fn(answer=row.get("answer"), entry=row)
+        return 0.0
 
 
 def _task_of(rollout: Rollout) -> str:

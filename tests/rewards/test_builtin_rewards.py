@@ -1,5 +1,6 @@
 """The rewards that ship with rlorch, loaded by their names as a config does."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +178,23 @@ def test_reasoning_gym_scores_as_the_task_does(
 
 def test_reasoning_gym_gives_the_partial_credit_of_the_task_without_a_threshold(make_rollout: Make) -> None:
     assert 0 < score("reasoning_gym", make_rollout("tab", SPELL)) < 1
+
+
+@pytest.mark.parametrize("task", ["rearc", "number_sorting", "sudoku", "countdown", "word_ladder"])
+def test_a_task_scores_a_row_that_was_json_as_it_scores_the_original(make_rollout: Make, task: str) -> None:
+    import reasoning_gym
+
+    entry: dict[str, Any] = reasoning_gym.create_dataset(task, size=1, seed=3)[0]
+    row = json.loads(json.dumps(entry))
+    assert score("reasoning_gym", make_rollout(entry["answer"], row)) == 1.0
+
+
+def test_an_answer_that_the_task_cannot_read_is_wrong_but_a_broken_row_is_an_error(make_rollout: Make) -> None:
+    row = {"answer": "2 × 3", "metadata": {"source_dataset": "prime_factorization", "number": 6, "factors": [2, 3]}}
+    assert score("reasoning_gym", make_rollout("2 × 3", row)) == 1.0
+    assert score("reasoning_gym", make_rollout("banana", row)) == 0.0
+    with pytest.raises(ValueError, match="banana"):
+        score("reasoning_gym", make_rollout("apple", {**row, "answer": "banana"}))
 
 
 def test_a_task_that_does_not_exist_is_said_when_loading() -> None:
