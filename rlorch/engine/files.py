@@ -88,14 +88,31 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `StorageError` when it is absent or none."""
     with storing(path, "read"):
-        text = path.read_text()
+        data = path.read_bytes()
     try:
-        value = json.loads(text)
+        value = json.loads(data)
     except ValueError as error:
         raise StorageError(f"{path} is not JSON: {error}; the checkpoint is damaged, use another one") from error
     if not isinstance(value, dict):
         raise StorageError(f"{path} holds no JSON object; the checkpoint is damaged, use another one")
     return value
+
+
+def write_record(path: Path, value: Mapping[str, Any]) -> None:
+    """`write_json` with the digest of the rest under `digest`, so that `read_record` notices any edit."""
+    write_json(path, {**value, "digest": _record_digest(value)})
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `write_record` wrote. Raises `StorageError` when it is absent or was changed."""
+    value = read_json(path)
+    if value.pop("digest", None) != _record_digest(value):
+        raise StorageError(f"{path} does not have its own digest: it is damaged, use another checkpoint")
+    return value
+
+
+def _record_digest(value: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 def seal(directory: Path) -> dict[str, str]:

@@ -45,7 +45,8 @@ def serving_tensors(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     copies: dict[str, Tensor] = {}
     for name, tensor in checkpoint_tensors(model).items():
         copy = torch.empty(tensor.shape, dtype=dtype, pin_memory=tensor.is_cuda)
-        copies[name] = copy.copy_(tensor.to(dtype), non_blocking=True)
+        source = tensor.to(dtype) if tensor.is_cuda else tensor  # cast before the transfer, not after
+        copies[name] = copy.copy_(source, non_blocking=True)
     if any(copy.is_pinned() for copy in copies.values()):
         torch.cuda.synchronize()
     return copies

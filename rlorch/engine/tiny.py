@@ -10,6 +10,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from rlorch.engine.files import write_tensors
+from rlorch.engine.serving import checkpoint_tensors
+
 SPELL_BACKWARD_PREFIX = "Spell this word backward (example: sun -> nus): "
 """How every question of reasoning_gym's spell_backward begins."""
 VOCAB_SIZE = 128
@@ -39,8 +42,12 @@ def make_tiny_model(directory: str, seed: int = 0) -> None:
         model = Qwen3ForCausalLM(_config())
     model.generation_config.eos_token_id = EOS_ID
     model.generation_config.pad_token_id = PAD_ID
-    model.save_pretrained(directory)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = torch.float32
+    model.config.save_pretrained(directory)
+    model.generation_config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    write_tensors(Path(directory), "model", checkpoint_tensors(model))
 
 
 def make_character_tokenizer() -> PreTrainedTokenizerFast:

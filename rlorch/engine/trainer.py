@@ -236,7 +236,7 @@ class TorchTrainer:
         files.write_tensors(directory, "optimizer", self._adamw.tensors())
         files.write_tensors(directory, "generator", files.rng_tensors())
         digests = files.seal(directory)
-        files.write_json(directory / STATE_FILE, {"format": FORMAT, "version": self._version, "files": digests})
+        files.write_record(directory / STATE_FILE, {"format": FORMAT, "version": self._version, "files": digests})
         return files.seal(directory)
 
     def load(self, path: str) -> int:
@@ -249,7 +249,7 @@ class TorchTrainer:
             StorageError: a file is absent, damaged, or of another model; nothing was changed.
         """
         directory = Path(path)
-        state = files.read_json(directory / STATE_FILE)
+        state = files.read_record(directory / STATE_FILE)
         if state.get("format") != FORMAT:
             raise StorageError(f"{directory / STATE_FILE}: format {state.get('format')!r}, this version reads {FORMAT}")
         files.verify(directory, state["files"])
