@@ -130,16 +130,16 @@ class LocalSampler:
         self._engine = engine
         self._store = store
         self._lane = Lane("weights")
+        self._proved = False
 
     @classmethod
     async def start(cls, model: str, spec: SamplerSpec, store: WeightStore) -> "LocalSampler":
-        """Start the engine and let it prove that weight updates take effect. Raises `ModelError`, `SelfTestError`."""
+        """Start the engine. Raises `ModelError`."""
         from rlorch.engine.sampler import open_sampler_engine
 
         lane = Lane("start")
         try:
             engine = await lane.run(open_sampler_engine, model, spec)
-            await lane.run(engine.self_test)
         finally:
             lane.close()
         return cls(engine, store)
@@ -162,9 +162,14 @@ class LocalSampler:
         return await asyncio.wrap_future(self._engine.score(tokens_T))
 
     async def load(self, chain: Sequence[Manifest]) -> CommitReport:
-        """See `Sampler.load`."""
+        """See `Sampler.load`. The first one is followed by the engine's self-test: it must prove that weight updates
+        take effect before it serves. Raises `SelfTestError`."""
         updates = [(manifest, await self._store.get(manifest.payload)) for manifest in chain]
-        return await self._lane.run(self._engine.load, updates)
+        report = await self._lane.run(self._engine.load, updates)
+        if not self._proved:
+            await self._lane.run(self._engine.self_test)
+            self._proved = True
+        return report
 
     async def stage(self, manifest: Manifest) -> None:
         """See `Sampler.stage`."""

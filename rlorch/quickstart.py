@@ -139,7 +139,7 @@ async def quickstart(
         run_recipe: runs one config on a runtime of its own.
         say: prints a line for the user.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    await asyncio.to_thread(root.mkdir, parents=True, exist_ok=True)
     common = {"runtime": runtime, "observe": observe}
     sft, rl = sft_config(root, seed, **common), rl_config(root, seed, shuffle_advantages=shuffle_advantages, **common)
     say("1/3  a tiny Qwen3 model and its tokenizer")

@@ -45,11 +45,11 @@ class Board:
     step_s: float | None = None
     delta_bytes: int = 0
     full_bytes: int = 0
-    _started: float = field(default=0.0)
+    started: float = field(default=0.0)
     _tokens: deque[tuple[float, int]] = field(default_factory=lambda: deque[tuple[float, int]](maxlen=64))
 
     def __post_init__(self) -> None:
-        self._started = self.clock()
+        self.started = self.clock()
 
     def published(self, manifest: Manifest) -> None:
         """A version went out."""
@@ -63,6 +63,31 @@ class Board:
         self._tokens.append((now, made))
         then, before = self._tokens[0]
         return (made - before) / (now - then) if now > then else 0.0
+
+    def step_metrics(self) -> dict[str, float]:
+        """Metrics of a step that only the whole run knows. Ends the pool's step: its windows adjust."""
+        pool, summary = self.fleet.pool.view(), self.tracer.summary()
+        self.fleet.pool.step_completed()
+        last, _ = self.pauses()
+        values = {
+            "perf/elapsed_s": self.clock() - self.started,
+            "perf/tokens_per_s": self.tokens_per_s(),
+            "pool/window": float(pool.window),
+            "pool/running": float(pool.in_flight),
+            "pool/queued": float(pool.queued),
+        }
+        if last is not None:
+            values["perf/sync_pause_s"] = last
+        if "trainer" in summary["roles"]:
+            values["perf/trainer_busy_fraction"] = summary["roles"]["trainer"]["busy_fraction"]
+        for replica in pool.replicas:
+            values[f"pool/{replica.name}_window"] = float(replica.window)
+            values[f"pool/{replica.name}_running"] = float(replica.in_flight)
+        if self.coordinator is not None:
+            ledger = self.coordinator.ledger.view()
+            values |= {"async/slots_alive": float(ledger.used), "async/groups_waiting": float(ledger.ready)}
+            values |= {f"drop/{reason}": float(count) for reason, count in ledger.dropped.items()}
+        return values
 
     def pauses(self) -> tuple[float | None, float | None]:
         """Seconds that the last commit paused sampling, and the mean over all commits."""
@@ -111,7 +136,7 @@ class Board:
             step=coordinator.version if coordinator else 0,
             total_steps=self.total_steps,
             version=coordinator.version if coordinator else 0,
-            elapsed_s=self.clock() - self._started,
+            elapsed_s=self.clock() - self.started,
             reward_train=tuple(coordinator.rewards) if coordinator else (),
             reward_held_out=tuple((e.version, e.sampled, e.greedy) for e in self.evaluations),
             staleness=dict(coordinator.staleness) if coordinator else {},
@@ -129,7 +154,7 @@ class Board:
                 for replica in pool.replicas
             ),
             roles=self.tracer.activities(),
-            rewards=RewardsView(scoring.running, scoring.queued, scoring.failures),
+            rewards=RewardsView(scoring.running, scoring.queued, sum(scoring.failures.values())),
             rollouts=self.rollouts(),
             slots=(ledger.used, ledger.capacity) if ledger else (0, 0),
             tokens_per_s=self.tokens_per_s(),

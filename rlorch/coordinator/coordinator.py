@@ -15,7 +15,7 @@ optimizer step. A run killed at any instant continues from its newest checkpoint
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import Field
@@ -89,6 +89,7 @@ class Coordinator:
         adam: optimizer parameters of a step, by the version before it.
         after_step: awaited after each step, in order (checkpoints, evaluation).
         clock: seconds, the one that `tracer` reads.
+        more_metrics: what the sink gets besides the step's own numbers.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Coordinator:
         tracer: Tracer,
         clock: Callable[[], float],
         group_timeout_s: float,
+        more_metrics: Callable[[], Mapping[str, float]] = dict,
         timeouts: TrainTimeouts | None = None,
     ) -> None:
         if algorithm.needs_reference and reference is None:
@@ -138,6 +140,7 @@ class Coordinator:
         self._tracer = tracer
         self._clock = clock
         self._group_timeout_s = group_timeout_s
+        self._more_metrics = more_metrics
         self._timeouts = timeouts or TrainTimeouts()
         self._finished: dict[int, Group] = {}
         self._dropped_since_step: list[Group] = []
@@ -312,7 +315,7 @@ class Coordinator:
         self.staleness.update(batch.step - group.admitted_version for group in batch.groups)
         values["perf/step_s"] = self._clock() - started
         values["train/learning_rate"] = self._adam(batch.step).learning_rate
-        self._sink.write(result.version, values)
+        self._sink.write(result.version, {**values, **self._more_metrics()})
         await self._after_step(StepDone(batch, result, manifest, replayed))
 
     async def _update(self, batch: Batch) -> tuple[ForwardResult, StepResult]:

@@ -11,7 +11,7 @@ and stops, with the last cause, when nobody is left.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from rlorch.aio import Watched
 from rlorch.errors import ReplicaLostError, RlorchError, UserError
@@ -26,26 +26,22 @@ MAX_RESTARTS = 5  # of one replica in one run: more is a cause that restarting d
 
 
 class Fleet:
-    """Supervises the replicas `names` on one pool and one sync group."""
+    """Supervises replicas that were started once already.
 
-    def __init__(self, runtime: Runtime, names: Sequence[str], pool: SamplerPool, syncs: SyncGroup) -> None:
+    Args:
+        runtime: restarts a replica by its name.
+        samplers: the started replicas; they serve nothing before their first sync.
+    """
+
+    def __init__(self, runtime: Runtime, samplers: Mapping[str, Sampler], pool: SamplerPool, syncs: SyncGroup) -> None:
         self.restarts = Counter[str]()
         self.pool = pool
         self.syncs = syncs
         self._runtime = runtime
-        self._names = tuple(names)
-        self._samplers: dict[str, Sampler] = {}
+        self._names = tuple(samplers)
+        self._samplers = dict(samplers)
+        self._serving: dict[str, Sampler] = {}
         self._given_up: dict[str, RlorchError] = {}
-
-    async def start(self) -> None:
-        """Start all replicas at once. Raises what the first failing one raises."""
-
-        async def start(name: str) -> None:
-            self._samplers[name] = await self._runtime.sampler(name)
-
-        async with asyncio.TaskGroup() as tasks:
-            for name in self._names:
-                tasks.create_task(start(name), name=f"start {name}")
 
     async def run(self) -> None:
         """Keep the replicas in service until cancelled. Raises `ReplicaLostError` when none is left."""
@@ -53,6 +49,10 @@ class Fleet:
             tasks.create_task(self.pool.run(), name="pool")
             for name in self._names:
                 tasks.create_task(self._keep(name), name=f"keep {name}")
+
+    def samplers(self) -> Mapping[str, Sampler]:
+        """The replicas that serve now."""
+        return {name: sampler for name, sampler in self._serving.items() if name in self.syncs.routable.value}
 
     async def _keep(self, name: str) -> None:
         while True:
@@ -72,6 +72,7 @@ class Fleet:
             raise
         except RlorchError as error:
             return error
+        self._serving[name] = sampler
         self.pool.add(name, sampler, routable=False)
         syncer = self.syncs.join(name, sampler)
         cause: list[RlorchError] = []

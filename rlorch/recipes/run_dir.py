@@ -7,9 +7,11 @@ journal.sqlite   what was sampled and trained checkpoints/   weights/    logs/<r
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlorch.config import config_digest, diff_configs, dump_config, load_config
+from rlorch.config import check_resumable, config_digest, dump_config, load_config
 from rlorch.errors import ResumeError
-from rlorch.observe.sinks import FanOut, JsonlSink, TensorBoardSink, WandbSink
+from rlorch.observe.logs import redact
+from rlorch.observe.sinks import Background, FanOut, JsonlSink, TensorBoardSink, WandbSink
+from rlorch.ports import MetricSink
 from rlorch.recipes.sections import ObserveSpec
 from rlorch.specs import Spec
 
@@ -65,11 +67,12 @@ class RunDir:
 
     def sinks(self, spec: ObserveSpec, name: str, config: Spec) -> FanOut:
         """Where metrics go: metrics.jsonl always, TensorBoard and W&B when asked for. Raises `ConfigError`."""
-        sinks = [JsonlSink(self.path / "metrics.jsonl")]
+        sinks: list[MetricSink] = [JsonlSink(self.path / "metrics.jsonl")]
         if spec.tensorboard:
-            sinks.append(TensorBoardSink(self.path / "tensorboard"))
+            sinks.append(Background(TensorBoardSink(self.path / "tensorboard")))
         if spec.wandb:
-            sinks.append(WandbSink(self.path, project=spec.wandb_project, name=name, config=config.model_dump()))
+            settings = redact(config.model_dump(mode="json"))
+            sinks.append(Background(WandbSink(self.path, project=spec.wandb_project, name=name, config=settings)))
         return FanOut(sinks)
 
 
@@ -89,27 +92,11 @@ def open_run_dir(path: Path, config: Spec, *, resume: bool) -> RunDir:
     elif not run.config.exists():
         raise ResumeError(f"{path} holds no run to resume (no config.yaml): start it without --resume")
     else:
-        check_unchanged(load_config(type(config), run.config, ()), config, path)
+        check_resumable(load_config(type(config), run.config), config, FREE_TO_CHANGE)
     run.config.write_text(dump_config(config))
     return run
-
-
-def check_unchanged(old: Spec, new: Spec, path: Path) -> None:
-    """Raise `ResumeError` listing what changed and must not."""
-    changed = [change for change in diff_configs(old, new) if not _free(change.key)]
-    if changed:
-        lines = "\n".join(f"  {change.key}: {change.old!r} -> {change.new!r}" for change in changed)
-        raise ResumeError(
-            f"the config differs from the one that {path} was started with:\n{lines}\n"
-            "Set these back, or start a new run. These may change: " + ", ".join(sorted(FREE_TO_CHANGE))
-        )
 
 
 def learned_digest(config: Spec) -> str:
     """Digest of everything that must not change over a run's life."""
     return config_digest(config, ignore=FREE_TO_CHANGE)
-
-
-def _free(key: str) -> bool:
-    parts = key.split(".")
-    return any(".".join(parts[:length]) in FREE_TO_CHANGE for length in range(1, len(parts) + 1))

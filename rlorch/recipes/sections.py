@@ -24,7 +24,7 @@ class OptimizerSpec(Spec):
     def adam(self, step: int, total_steps: int) -> AdamParams:
         """Parameters of the step that starts from version `step`."""
         return AdamParams(
-            learning_rate=lr_at(step, self.schedule, self.learning_rate, total_steps),
+            learning_rate=lr_at(step, peak=self.learning_rate, total_steps=total_steps, spec=self.schedule),
             beta1=self.beta1,
             beta2=self.beta2,
             eps=self.eps,

@@ -20,7 +20,7 @@ from rlorch.checkpoint.store import FileCheckpointStore
 from rlorch.data import DataSpec, load_rows, split_held_out
 from rlorch.errors import DataError
 from rlorch.ports import Runtime, Trainer
-from rlorch.recipes.run_dir import RunDir, open_run_dir
+from rlorch.recipes.run_dir import open_run_dir
 from rlorch.recipes.sections import CheckpointSpec, HeldOutSpec, ObserveSpec, OptimizerSpec, check_model_dir
 from rlorch.render.prompt import RenderSpec
 from rlorch.render.supervised import TrainOn, render_supervised, supervised_example, to_datum
@@ -95,7 +95,7 @@ async def run(
     checkpoints = FileCheckpointStore(run_dir.checkpoints, keep_last=config.checkpoint.keep_last)
     version = 0
     if resume and (latest := await checkpoints.latest()) is not None:
-        version = await trainer.load(str(await checkpoints.open(latest.name)))
+        version = await trainer.load(latest.path)
     sink = run_dir.sinks(config.observe, config.name, config)
     metrics: dict[str, float] = {}
     try:
