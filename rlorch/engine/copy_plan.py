@@ -160,6 +160,10 @@ class CopyPlan:
     def _home_number(self, tensor: torch.Tensor) -> int | None:
         return self._home_of.get(tensor.untyped_storage().data_ptr())
 
+    def is_tied(self, name: str) -> bool:
+        """Whether the model knows the tensor's memory by several names: an embedding that is also the head."""
+        return any(len(self._homes[block.home].names) > 1 for block in self.tensors[name].blocks)
+
     # --- reading and writing, in place --------------------------------------------------------------------
 
     def read(self, name: str) -> Bits:

@@ -47,6 +47,7 @@ class LiveWeights:
     another."""
 
     def __init__(self, parameters: Mapping[str, torch.Tensor], load_weights: LoadWeights, dtype: torch.dtype) -> None:
+        self._parameters = parameters
         self._plan = CopyPlan(parameters, load_weights)
         self._load_weights = load_weights
         self._dtype = dtype
@@ -68,7 +69,12 @@ class LiveWeights:
             ModelError: the tensors are not this model's.
             DigestMismatchError: the live tensors are not what was written; the engine holds no version now.
         """
-        self._trace(manifest)
+        try:
+            self._trace(manifest)
+        except ModelError:
+            if not self._digests:  # the next load may be right: keep nothing of this one
+                self._plan = CopyPlan(self._parameters, self._load_weights)
+            raise
         self.version = UNLOADED
         with torch.inference_mode():
             for name, bits in state.items():
@@ -89,7 +95,10 @@ class LiveWeights:
             dtype = TORCH_DTYPES[entry.dtype]
             plan = self._plan.trace(entry.name, entry.shape, dtype)
             if (plan.shape, plan.dtype) != (entry.shape, dtype):
-                raise ModelError(f"tensor {entry.name!r} is now {entry.dtype}{entry.shape}, it was {plan.shape}")
+                raise ModelError(
+                    f"tensor {entry.name!r} is published as {dtype} of shape {entry.shape}, but the engine took it as "
+                    f"{plan.dtype} of shape {plan.shape}; samplers and trainer must agree on serve_dtype and model"
+                )
             if plan.reason.endswith(f"to {self._dtype}"):
                 raise ModelError(
                     f"tensor {entry.name!r} is published as {entry.dtype}, but the engine computes in {self._dtype}: "
@@ -217,6 +226,10 @@ class LiveWeights:
         """The tensor's shape and dtype."""
         plan = self._plan.tensors[name]
         return plan.shape, plan.dtype
+
+    def is_tied(self, name: str) -> bool:
+        """Whether the model uses the tensor under several names."""
+        return self._plan.is_tied(name)
 
     def mismatches(self, expected: Mapping[str, str]) -> list[str]:
         """The tensors whose live digest is not the expected one."""

@@ -65,16 +65,14 @@ def run_self_test(weights: LiveWeights, score: Callable[[Tokens], Floats], vocab
 
 def _probes(weights: LiveWeights, probe_T: Tokens, vocab_size: int) -> Iterator[tuple[str, NDArray[np.int64]]]:
     """What to change: half of the elements of one tensor of each kind, of the probe's rows in a vocabulary."""
-    names = list(layer_kinds(weights.names).values())
-    by_token = [name for name in names if len(weights.place(name)[0]) == 2 and weights.place(name)[0][0] == vocab_size]
-    for name in names:
-        if name not in by_token:
+    for name in layer_kinds(weights.names).values():
+        shape, _ = weights.place(name)
+        if len(shape) != 2 or shape[0] != vocab_size:
             index_K = np.arange(0, len(weights.read(name)), 2)
             yield name, index_K[:: -(-len(index_K) // MAX_CHANGED)]
             continue
-        width = weights.place(name)[0][1]
-        for tokens in [probe_T, probe_T[-1:]] if len(by_token) == 1 else [probe_T]:
-            yield name, (tokens.astype(np.int64)[:, None] * width + np.arange(0, width, 2)).reshape(-1)
+        for tokens in (probe_T, probe_T[-1:]) if weights.is_tied(name) else (probe_T,):
+            yield name, (tokens.astype(np.int64)[:, None] * shape[1] + np.arange(0, shape[1], 2)).reshape(-1)
 
 
 def _negated(weights: LiveWeights, name: str, index_K: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:

@@ -100,6 +100,14 @@ class TestVllmFloat32(SamplerContract):
         with pytest.raises(ModelError, match="serve_dtype"):
             engine.load([World(directory, torch.bfloat16).anchor(0)])
 
+    def test_a_first_load_in_another_dtype_is_refused(self, open_engine: Open, directory: Path) -> None:
+        engine = open_engine(directory)
+        try:
+            with pytest.raises(ModelError, match=r"bfloat16.*float32.*serve_dtype|BF16.*serve_dtype"):
+                engine.load([World(directory, torch.bfloat16).anchor(0)])
+        finally:
+            engine.close()
+
 
 class TestVllmBfloat16(WeightsContract):
     dtype = torch.bfloat16
@@ -161,5 +169,6 @@ def _scores_of_vllm_alone(directory: Path, tokens_T: Tokens) -> Floats:
     )  # fmt: skip
     params = VllmSamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     (output,) = engine.generate([{"prompt_token_ids": tokens_T.tolist()}], params, use_tqdm=False)
+    assert output.prompt_logprobs is not None
     positions = zip(output.prompt_logprobs[1:], tokens_T[1:].tolist(), strict=True)
-    return np.array([position[token].logprob for position, token in positions], np.float32)
+    return np.array([(position or {})[token].logprob for position, token in positions], np.float32)
