@@ -13,18 +13,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from rlorch.engine.live_weights import UNLOADED, LiveWeights, Prepared
+from rlorch.engine.backend import Backend, Load, Outcome
+from rlorch.engine.live_weights import UNLOADED, Prepared
+from rlorch.engine.requests import Ask, Requests, fail, finish
 from rlorch.engine.self_test import run_self_test
 from rlorch.errors import (
-    AbortedError,
     ChainBrokenError,
     DeadlineError,
     OverloadedError,
@@ -38,72 +39,9 @@ from rlorch.weights.codec import decode_update
 from rlorch.weights.update import apply_update
 
 T = TypeVar("T")
-Outcome = Completion | RlorchError
 
 CLOSE_TIMEOUT_S = 30.0
 """How long `close` waits for the step that is running."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sample:
-    """One sequence to generate: `params.n` is 1 and the seed its own. `submitted_s` is on the monotonic clock."""
-
-    key: str
-    prompt_T: Tokens
-    params: SamplingParams
-    submitted_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """A backend's load as of its last step; the last two count since start."""
-
-    running: int = 0
-    waiting: int = 0
-    kv_usage: float = 0.0
-    generated_tokens: int = 0
-    preemptions: int = 0
-
-
-class Backend(Protocol):
-    """What a model runner must do. All calls come from the engine's thread."""
-
-    weights: LiveWeights
-    vocab_size: int
-    max_model_len: int
-
-    def add(self, sample: Sample) -> None:
-        """Queue a sequence. Raises ValueError for parameters that it does not take."""
-        ...
-
-    def drop(self, keys: Sequence[str]) -> None:
-        """Forget sequences that were added and have not finished."""
-        ...
-
-    def step(self) -> Sequence[tuple[str, Outcome]]:
-        """One decode step; what finished, by key. Raises only what the engine cannot survive."""
-        ...
-
-    @property
-    def busy(self) -> bool:
-        """Whether a step would do anything."""
-        ...
-
-    def score(self, tokens_T: Tokens) -> tuple[Floats, Sequence[tuple[str, Outcome]]]:
-        """Score a sequence now; also whatever other sequences finished meanwhile."""
-        ...
-
-    def committed(self, version: int) -> None:
-        """The live weights are `version` from here on: stamp running sequences, separate the prefix caches."""
-        ...
-
-    def load(self) -> Load:
-        """Load as of the last step."""
-        ...
-
-    def close(self) -> None:
-        """Free the device."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,13 +50,6 @@ class _Command:
 
     run: Callable[[], None]
     future: Future[Any]
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    future: Future[tuple[Completion, ...]]
-    keys: tuple[str, ...]
-    done: dict[str, Completion] = field(default_factory=dict[str, Completion])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,8 +83,7 @@ class SteppedEngine:
         self._dead: ReplicaLostError | None = None
         self._closing = False
         # The thread's own:
-        self._requests: dict[str, _Request] = {}
-        self._request_of: dict[str, str] = {}
+        self._requests = Requests()
         self._commits = 0
         self._tested = False
         self._last_report: CommitReport | None = None
@@ -180,13 +110,13 @@ class SteppedEngine:
         """See `SamplerEngine.submit`."""
         self._check(prompt_T, params)
         future: Future[tuple[Completion, ...]] = Future()
-        submitted_s = time.monotonic()
-        self._post(lambda: self._submit(prompt_T, params, request_id, submitted_s, future), future)
+        ask = Ask(prompt_T, params, time.monotonic())
+        self._post(lambda: self._submit(request_id, ask, future), future)
         return future
 
     def abort(self, request_id: str) -> None:
         """See `SamplerEngine.abort`."""
-        self._post(lambda: self._abort(request_id), Future())
+        self._post(lambda: self._requests.abort(request_id), Future())
 
     def score(self, tokens_T: Tokens) -> Future[Floats]:
         """See `SamplerEngine.score`."""
@@ -283,12 +213,12 @@ class SteppedEngine:
             try:
                 result = call()
             except RlorchError as error:
-                _fail(future, error)
+                fail(future, error)
             except Exception as error:
-                _fail(future, ReplicaLostError(f"engine {self._name} died: {error!r}; restart the replica"))
+                fail(future, ReplicaLostError(f"engine {self._name} died: {error!r}; restart the replica"))
                 raise
             else:
-                _finish(future, result)
+                finish(future, result)
 
         self._post(command, future)
         return future
@@ -314,21 +244,22 @@ class SteppedEngine:
             error = self._dead
             self._staged.clear()
         while not self._commands.empty():
-            _fail(self._commands.get().future, error)
-        self._fail_all(error)
+            fail(self._commands.get().future, error)
+        self._requests.lose(error)
 
     # --- the engine's thread ------------------------------------------------------------------------------
 
     def _run(self, build: Callable[[], Backend], ready: Future[None]) -> None:
         try:
             self._backend = build()
+            self._requests.backend = self._backend
         except Exception as error:
             self._dead = ReplicaLostError(f"engine {self._name} did not start: {error!r}")
-            _fail(ready, error)
+            fail(ready, error)
             return
         self._weights = self._backend.weights
         self._vocab_size, self._max_model_len = self._backend.vocab_size, self._backend.max_model_len
-        _finish(ready, None)
+        finish(ready, None)
         try:
             while not self._closing and self._dead is None:
                 self._turn()
@@ -353,65 +284,23 @@ class SteppedEngine:
         with self._lock:
             self._load = load
 
-    def _submit(
-        self,
-        prompt_T: Tokens,
-        params: SamplingParams,
-        request_id: str,
-        submitted_s: float,
-        future: Future[tuple[Completion, ...]],
-    ) -> None:
-        if request_id in self._requests:
-            _fail(future, ValueError(f"request id {request_id!r} is in use"))
-            return
+    def _submit(self, request_id: str, ask: Ask, future: Future[tuple[Completion, ...]]) -> None:
         if self._weights.version == UNLOADED:
-            _fail(future, WeightsError(f"engine {self._name} holds no weights: load an anchor first"))
-            return
-        keys = tuple(f"{request_id}/{index}" for index in range(params.n))
-        for index, key in enumerate(keys):
-            seed = None if params.seed is None else params.seed + index
-            try:
-                self._backend.add(Sample(key, prompt_T, replace(params, n=1, seed=seed), submitted_s))
-            except ValueError as error:
-                self._backend.drop(keys[:index])
-                _fail(future, ValueError(f"request {request_id!r}: {error}"))
-                return
-        self._requests[request_id] = _Request(future, keys)
-        self._request_of |= dict.fromkeys(keys, request_id)
+            fail(future, self._unloaded())
+        else:
+            self._requests.add(request_id, ask, future)
 
-    def _abort(self, request_id: str) -> None:
-        if request_id in self._requests:
-            self._forget(request_id, AbortedError(f"request {request_id!r} was aborted"))
-
-    def _forget(self, request_id: str, error: Exception) -> None:
-        request = self._requests.pop(request_id)
-        left = [key for key in request.keys if key not in request.done]
-        for key in request.keys:
-            del self._request_of[key]
-        self._backend.drop(left)
-        _fail(request.future, error)
+    def _unloaded(self) -> WeightsError:
+        return WeightsError(f"engine {self._name} holds no weights: load an anchor first")
 
     def _deliver(self, finished: Sequence[tuple[str, Outcome]]) -> None:
-        for key, outcome in finished:
-            request_id = self._request_of.get(key)
-            if request_id is None:
-                continue  # a sibling failed and took the request with it
-            if isinstance(outcome, RlorchError):
-                self._forget(request_id, outcome)
-                continue
-            request = self._requests[request_id]
-            request.done[key] = outcome
-            with self._lock:
-                self._queue_s.append(outcome.queue_s)
-            if len(request.done) == len(request.keys):
-                del self._requests[request_id]
-                for other in request.keys:
-                    del self._request_of[other]
-                _finish(request.future, tuple(request.done[other] for other in request.keys))
+        queue_s = self._requests.deliver(finished)
+        with self._lock:
+            self._queue_s.extend(queue_s)
 
     def _score(self, tokens_T: Tokens) -> Floats:
         if self._weights.version == UNLOADED:
-            raise WeightsError(f"engine {self._name} holds no weights: load an anchor first")
+            raise self._unloaded()
         logprobs, finished = self._backend.score(tokens_T)
         self._deliver(finished)
         return logprobs
@@ -456,22 +345,15 @@ class SteppedEngine:
         return self._last_report
 
     def _moved(self) -> None:
-        """Publish the version that is held now, and fail everybody if there is none."""
+        """Weights may have been written: publish the version held now, and fail everybody if there is none."""
         version = self._weights.version
         with self._lock:
-            changed, self._version = version != self._version, version
+            self._version = version
             self._staged = {v: s for v, s in self._staged.items() if v > version != UNLOADED}
         if version == UNLOADED:
-            self._fail_all(ReplicaLostError(f"engine {self._name} lost its weights: sample elsewhere"))
-        elif changed:
+            self._requests.drop_all(ReplicaLostError(f"engine {self._name} lost its weights: sample elsewhere"))
+        else:
             self._backend.committed(version)
-
-    def _fail_all(self, error: Exception) -> None:
-        for request_id in list(self._requests):
-            if threading.current_thread() is self._thread and self._dead is None:
-                self._forget(request_id, error)
-            else:
-                _fail(self._requests.pop(request_id).future, error)
 
     def _self_test(self) -> None:
         if self._requests:
@@ -483,17 +365,3 @@ class SteppedEngine:
         except SelfTestError as error:
             self._die(ReplicaLostError(f"engine {self._name} failed its self-test: {error}"))
             raise
-
-
-def _finish(future: Future[T], result: T) -> None:
-    try:
-        future.set_result(result)
-    except InvalidStateError:
-        return  # the caller cancelled it
-
-
-def _fail(future: Future[Any], error: Exception) -> None:
-    try:
-        future.set_exception(error)
-    except InvalidStateError:
-        return  # the caller cancelled it

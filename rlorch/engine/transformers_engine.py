@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlorch.engine.backend import Load, Outcome, Sample
 from rlorch.engine.live_weights import UNLOADED, LiveWeights
 from rlorch.engine.model_dir import has_tokenizer, local_model_dir, resolve_dtype, stop_token_ids
-from rlorch.engine.stepped import Load, Outcome, Sample, SteppedEngine
+from rlorch.engine.stepped import SteppedEngine
 from rlorch.engine.token_sampling import sample_tokens
 from rlorch.engine.tokenizer import load_tokenizer
 from rlorch.errors import ConfigError
@@ -70,7 +71,7 @@ class _Row:
 
 
 class TransformersBackend:
-    """A `Backend` (see `rlorch.engine.stepped`) over one transformers causal language model."""
+    """A `Backend` (see `rlorch.engine.backend`) over one transformers causal language model."""
 
     def __init__(self, model_dir: Path, spec: SamplerSpec, dtype: torch.dtype) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM

@@ -4,9 +4,9 @@ In process, because one process less starts twice as fast, steps are determinist
 reference: a commit is a scatter into live tensors between two steps, without a pause protocol or a copy between
 processes. One GPU or the CPU per engine; tensor parallelism needs a plan per rank and is refused.
 
-Each weight version has its own `cache_salt`: requests in flight keep their KV across a commit (their spans say so),
-and the prefix cache never serves KV of one version to a request of another. A request that is still waiting at a
-commit is queued again under the new salt.
+Each write of the weights has its own `cache_salt`: requests in flight keep their KV across a commit (their spans say
+so), and the prefix cache never serves KV of one version to a request of another. A request that is still waiting at
+a commit is queued again under the new salt.
 
 vLLM keeps the context of the running forward, and the process groups, in globals. Several engines of one process
 therefore take turns (`ONE_AT_A_TIME`), and closing one leaves the process groups to the others and to the trainer.
@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlorch.engine.backend import Load, Outcome, Sample
 from rlorch.engine.live_weights import LiveWeights
 from rlorch.engine.model_dir import has_tokenizer, local_model_dir, num_experts, resolve_dtype, stop_token_ids
-from rlorch.engine.stepped import Load, Outcome, Sample, SteppedEngine
+from rlorch.engine.stepped import SteppedEngine
 from rlorch.errors import ConfigError, ModelError, RetryableError, SelfTestError
 from rlorch.specs import Dtype, SamplerSpec
 from rlorch.types import Completion, FinishReason, Floats, Tokens, VersionSpan
@@ -112,7 +113,7 @@ class _StepStats:
 
 
 class VllmBackend:
-    """A `Backend` (see `rlorch.engine.stepped`) over one in-process `LLMEngine`."""
+    """A `Backend` (see `rlorch.engine.backend`) over one in-process `LLMEngine`."""
 
     def __init__(self, model_dir: Path, spec: SamplerSpec, dtype: str, on_cpu: bool) -> None:
         set_num_threads = torch.set_num_threads
@@ -133,6 +134,7 @@ class VllmBackend:
         self._stop_token_ids = stop_token_ids(model_dir)
         self._samples: dict[str, Sample] = {}
         self._internal_ids: dict[str, str] = {}
+        self._writes = 0
         self._salt = "unloaded"
 
     def _live_weights(self) -> LiveWeights:
@@ -224,7 +226,8 @@ class VllmBackend:
 
     def committed(self, version: int) -> None:
         """Label tokens from here on, and move requests that have computed nothing to the new salt."""
-        self._salt = f"v{version}"
+        self._writes += 1
+        self._salt = f"v{version}-{self._writes}"
         self._engine.set_weight_version(str(version))
         waiting = {r.request_id for r in self._core.engine_core.scheduler.waiting if not r.num_computed_tokens}
         untouched = [self._samples[key] for key, internal in self._internal_ids.items() if internal in waiting]

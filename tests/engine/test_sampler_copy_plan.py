@@ -47,7 +47,7 @@ class Fused(nn.Module):
                 dict(self.named_parameters())[name].data.copy_(tensor)
 
 
-def traced(module: nn.Module, shapes=SHAPES) -> CopyPlan:
+def traced(module: Fused, shapes=SHAPES) -> CopyPlan:
     plan = CopyPlan(dict(module.named_parameters(remove_duplicate=False)), module.load_weights)
     for name, shape in shapes.items():
         plan.trace(name, shape, torch.float32)
@@ -120,18 +120,17 @@ def test_writing_through_the_plan_equals_the_models_own_loader(seed: int, how: s
 
 @pytest.mark.parametrize("how", ["transposed", "cast", "scaled", "partial", "broadcast"])
 def test_a_copy_that_is_not_a_move_of_bits_has_a_reason_and_no_blocks(how: str):
-    module = nn.Module()
-    module.weight = nn.Parameter(torch.zeros(5, 5, dtype=torch.bfloat16 if how == "cast" else torch.float32))
+    weight = nn.Parameter(torch.zeros(5, 5, dtype=torch.bfloat16 if how == "cast" else torch.float32))
 
     def load(weights):
         for _, tensor in weights:
             source = {"transposed": tensor.t(), "scaled": tensor * 2, "partial": tensor[:3]}.get(how, tensor)
-            module.weight.data[: len(source)].copy_(source)
+            weight.data[: len(source)].copy_(source)
 
-    plan = CopyPlan(dict(module.named_parameters()), load)
+    plan = CopyPlan({"weight": weight}, load)
     shape = (1, 5) if how == "broadcast" else (5, 5)
     if how == "broadcast":
-        plan = CopyPlan(dict(module.named_parameters()), lambda ws: [module.weight.data.copy_(t) for _, t in ws])
+        plan = CopyPlan({"weight": weight}, lambda ws: [weight.data.copy_(t) for _, t in ws])
     tensor = plan.trace("weight", shape, torch.float32)
     if how == "transposed":  # 25 single elements: few enough to follow
         assert [block.destination for block in tensor.blocks][:3] == [0, 5, 10]

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from rlorch.engine.backend import Load, Outcome, Sample
 from rlorch.engine.live_weights import LiveWeights, bits_of
-from rlorch.engine.stepped import Load, Outcome, Sample, SteppedEngine
+from rlorch.engine.stepped import SteppedEngine
 from rlorch.errors import DeadlineError, ReplicaLostError, RetryableError, SelfTestError
 from rlorch.types import Completion, Floats, SamplingParams, Tokens, VersionSpan
 from rlorch.weights.codec import encode_update

@@ -1,0 +1,75 @@
+"""What a model runner must do to be a sampler engine: the seam between `SteppedEngine` and vLLM or transformers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from rlorch.engine.live_weights import LiveWeights
+from rlorch.errors import RlorchError
+from rlorch.types import Completion, Floats, SamplingParams, Tokens
+
+Outcome = Completion | RlorchError
+"""How a sequence ended."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One sequence to generate: `params.n` is 1 and the seed its own. `submitted_s` is on the monotonic clock."""
+
+    key: str
+    prompt_T: Tokens
+    params: SamplingParams
+    submitted_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A backend's load as of its last step; the last two count since start."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    generated_tokens: int = 0
+    preemptions: int = 0
+
+
+class Backend(Protocol):
+    """What a model runner must do. All calls come from the engine's thread."""
+
+    weights: LiveWeights
+    vocab_size: int
+    max_model_len: int
+
+    def add(self, sample: Sample) -> None:
+        """Queue a sequence. Raises ValueError for parameters that it does not take."""
+        ...
+
+    def drop(self, keys: Sequence[str]) -> None:
+        """Forget sequences that were added and have not finished."""
+        ...
+
+    def step(self) -> Sequence[tuple[str, Outcome]]:
+        """One decode step; what finished, by key. Raises only what the engine cannot survive."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        ...
+
+    def score(self, tokens_T: Tokens) -> tuple[Floats, Sequence[tuple[str, Outcome]]]:
+        """Score a sequence now; also whatever other sequences finished meanwhile."""
+        ...
+
+    def committed(self, version: int) -> None:
+        """The live weights were written and are `version` from here on: stamp running sequences, and let nothing
+        cached before serve a sequence that has not begun."""
+        ...
+
+    def load(self) -> Load:
+        """Load as of the last step."""
+        ...
+
+    def close(self) -> None:
+        """Free the device."""
+        ...
