@@ -10,7 +10,6 @@ import asyncio
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
 
 from rlorch.aio import deadline
@@ -20,7 +19,7 @@ from rlorch.errors import AbortedError, ReplicaLostError, RlorchError
 class Remote:
     """An actor handle that never leaves its port: `await remote.call("forward", datums)`."""
 
-    def __init__(self, name: str, handle: ActorHandle) -> None:
+    def __init__(self, name: str, handle: Any) -> None:
         self.name = name
         self._handle = handle
 

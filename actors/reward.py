@@ -10,7 +10,7 @@ from .process import prepare
 from .remote import Remote
 
 
-@ray.remote(max_concurrency=256)
+@ray.remote
 class RewardActor:
     """Hosts a `ProcessRewardWorker`."""
 

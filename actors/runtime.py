@@ -20,7 +20,7 @@ from rlorch.weights.store import FileWeightStore
 
 from .remote import Remote
 from .reward import RayRewardWorker, RewardActor
-from .sampler import RaySampler, SamplerActor
+from .sampler import MAX_CONCURRENCY, RaySampler, SamplerActor
 from .trainer import RayReference, RayTrainer, ReferenceActor, TrainerActor
 
 log = logging.getLogger(__name__)
@@ -147,6 +147,7 @@ def _options(place: Assignment) -> dict[str, Any]:
     """Ray's options for an assignment. CPUs are reserved, not enforced; GPUs are made visible to the actor alone."""
     gpus = len(place.gpus) * place.gpu_fraction if place.gpus else 0
     options: dict[str, Any] = {"num_cpus": place.cpus, "num_gpus": gpus, "max_restarts": 0}
+    options["max_concurrency"] = MAX_CONCURRENCY
     if place.node is not None:
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(place.node, soft=False)
     return options

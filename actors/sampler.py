@@ -17,12 +17,13 @@ from rlorch.weights.store import FileWeightStore
 from .process import prepare
 from .remote import Remote
 
+MAX_CONCURRENCY = 4096
 CONTROL_TIMEOUT_S = 60.0  # abort, stats: answered between two engine steps
 
 
-@ray.remote(max_concurrency=4096)
+@ray.remote
 class SamplerActor:
-    """Hosts a `LocalSampler`."""
+    """Hosts a `LocalSampler`. Start it with `MAX_CONCURRENCY`: every request in flight is one running method."""
 
     async def start(self, name: str, spec: RuntimeSpec, threads: int) -> None:
         """Start the engine and its self-test."""

@@ -7,9 +7,9 @@ these same classes, so a run without Ray (`runtime: local`, breakpoints work) is
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlorch.aio import Lane, deadline
 from rlorch.ports import RewardWorker, Tokenizer, WeightStore
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from rlorch.engine.trainer import TorchTrainer
 
 log = logging.getLogger(__name__)
+
+R = TypeVar("R", bound="LocalTrainer | LocalReference | LocalSampler | ProcessRewardWorker")
 
 
 class LocalTrainer:
@@ -223,11 +225,12 @@ class LocalRuntime:
 
     async def reward_worker(self, name: str) -> RewardWorker:
         """See `Runtime.reward_worker`."""
-        if self._spec.rewards is None:
+        rewards = self._spec.rewards
+        if rewards is None:
             raise ValueError("this runtime was given no rewards")
 
         async def start() -> ProcessRewardWorker:
-            worker = ProcessRewardWorker(self._spec.rewards)
+            worker = ProcessRewardWorker(rewards)
             await worker.start()
             return worker
 
@@ -243,7 +246,7 @@ class LocalRuntime:
             except TimeoutError as error:
                 log.warning("%s", error)
 
-    async def _start(self, name, starting):
+    async def _start(self, name: str, starting: Coroutine[Any, Any, R]) -> R:
         if (old := self._roles.pop(name, None)) is not None:
             await old.close()
         self._roles[name] = role = await starting

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "gspo", "dro", "reinforce"]
 RoleName = Literal["trainer", "reference", "sampler", "reward"]
 
 
@@ -66,7 +67,9 @@ class RewardTerm(Spec):
 
     plugin: str = Field(description="built-in name, entry point, module:attr, or path/to/file.py[:attr]")
     weight: float = 1.0
-    options: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    options: dict[str, str | int | float | bool | None] = Field(
+        default_factory=dict[str, "str | int | float | bool | None"], description="the plug-in's own"
+    )
 
 
 class RewardSpec(Spec):

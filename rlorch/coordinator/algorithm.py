@@ -16,17 +16,21 @@ term share it (the trainer divides the summed gradient by the sum of the mask):
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from rlorch.rollout.arrays import trajectory_arrays
 from rlorch.scoring.advantage import AdvantageKind, FailurePolicy, GroupAdvantages, group_advantages
 from rlorch.specs import Spec
 from rlorch.types import Batch, Datum, Floats, Group, LossSpec, Normalization, Rollout, Verdict
 
+PolicyLoss = Literal["importance_sampling", "ppo", "cispo", "gspo", "dro", "reinforce"]
 LossAverage = Literal["token", "sequence", "constant"]
+
+CLIPPED_LOSSES = frozenset({"ppo", "cispo", "gspo"})
+DEFAULT_TIS_CAP = 2.0  # at staleness 1 to 3 under 1% of tokens reach it
 
 _UNSCORED = Verdict(failure="crash", detail="never scored")
 
@@ -34,24 +38,56 @@ _UNSCORED = Verdict(failure="crash", detail="never scored")
 class AlgorithmSpec(Spec):
     """What is optimised. GRPO, DAPO, Dr. GRPO, RLOO, GSPO and CISPO are settings of these fields."""
 
-    loss: str = Field("importance_sampling", description="a loss of rlorch.losses")
-    loss_options: dict[str, float | str] = Field(default_factory=dict, description="the loss's own options")
-    advantage: AdvantageKind = Field("grpo", description="how rewards of a group become advantages")
-    loss_average: LossAverage = Field("token", description="token (DAPO), sequence (GRPO) or constant (Dr. GRPO)")
-    kl_coefficient: float = Field(0.0, ge=0, description="weight of the k3 KL to the reference; 0: no reference")
-    tis_cap: float | None = Field(2.0, gt=0, description="truncated importance sampling: cap of trainer/sampler ratio")
-    icepop: float | None = Field(None, gt=1, description="drop tokens whose trainer/sampler ratio leaves [1/x, x]")
-    proximal: Literal["behaviour", "recompute"] = Field(
-        "behaviour", description="a ratio's old policy: the sampler's log-probs, or the trainer's before the step"
+    loss: PolicyLoss = Field(default="importance_sampling", description="documented in rlorch.losses")
+    loss_options: dict[str, float | str] = Field(
+        default_factory=dict[str, "float | str"], description="see rlorch.losses"
     )
-    drop_equal_rewards: bool = Field(True, description="groups that teach nothing are dropped and refilled")
-    min_scored: int = Field(2, ge=1, description="a group with fewer scored rollouts is dropped")
+    advantage: AdvantageKind = Field(default="grpo", description="how rewards of a group become advantages")
+    loss_average: LossAverage = Field(default="token", description="see the module docstring")
+    kl_coefficient: float = Field(default=0.0, ge=0, description="of the k3 KL to the reference; 0: none started")
+    tis_cap: float | Literal["auto", "off"] = Field(
+        default="auto",
+        description="cap of the trainer/sampler ratio; auto: 2 for losses that do not clip",
+    )
+    icepop: float | None = Field(default=None, gt=1, description="drop tokens whose ratio leaves [1/x, x]")
+    proximal: Literal["behaviour", "recompute"] = Field(
+        default="behaviour",
+        description="a ratio's old policy: the sampler's, or the trainer's before the step",
+    )
+    drop_equal_rewards: bool = Field(default=True, description="groups that teach nothing are dropped and refilled")
+    min_scored: int = Field(default=2, ge=1, description="a group with fewer scored rollouts is dropped")
     failures: str = Field(
-        "drop_rollout", description="a rollout without a score: drop_rollout, drop_group, or score:<number>"
+        default="drop_rollout", description="a rollout without a score: drop_rollout, drop_group, or score:<number>"
     )
     shuffle_advantages: bool = Field(
-        False, description="a control: permute advantages across the batch, so that reward carries no signal"
+        default=False, description="a control: permute advantages across the batch, so that reward carries no signal"
     )
+
+    @field_validator("tis_cap")
+    @classmethod
+    def _cap_is_positive(cls, cap: float | str) -> float | str:
+        if isinstance(cap, float | int) and cap <= 0:
+            raise ValueError(f"the cap must be above 0, not {cap}; off: no truncation")
+        return cap
+
+    @property
+    def effective_tis_cap(self) -> float | None:
+        """The cap, None for no truncation. A clipped ratio bounds itself: correcting it too would leave no clip."""
+        if self.tis_cap == "auto":
+            clips = self.loss in CLIPPED_LOSSES and self.proximal == "behaviour"
+            return None if clips else DEFAULT_TIS_CAP
+        return None if self.tis_cap == "off" else self.tis_cap
+
+    @model_validator(mode="after")
+    def _a_ratio_is_corrected_once(self) -> Self:
+        if self.loss in CLIPPED_LOSSES and self.proximal == "behaviour":
+            given = "tis_cap" if isinstance(self.tis_cap, float) else "icepop" if self.icepop is not None else None
+            if given is not None:
+                raise ValueError(
+                    f"loss {self.loss} clips the ratio to the sampler's policy, so {given} would correct it twice: set "
+                    f"proximal: recompute (clip against the trainer's own policy), or leave {given} out"
+                )
+        return self
 
 
 class Algorithm:
@@ -84,8 +120,8 @@ class Algorithm:
         options: dict[str, float | str] = dict(spec.loss_options)
         if spec.kl_coefficient > 0:
             options["kl_beta"] = spec.kl_coefficient
-        if spec.tis_cap is not None:
-            options["tis_cap"] = spec.tis_cap
+        if (cap := spec.effective_tis_cap) is not None:
+            options["tis_cap"] = cap
         if spec.icepop is not None:
             options["icepop"] = spec.icepop
         return LossSpec(spec.loss, options)

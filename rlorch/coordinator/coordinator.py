@@ -38,15 +38,15 @@ CONSECUTIVE_FAILED_GROUPS = 16  # with no group in between that worked: the caus
 class RolloutSpec(Spec):
     """How much is sampled, and how far sampling may run ahead of training."""
 
-    groups_per_batch: int = Field(32, ge=1, description="prompts per optimizer step")
-    group_size: int = Field(8, ge=1, description="samples per prompt")
-    max_staleness: int = Field(1, ge=0, description="optimizer steps a rollout may lag; 0: exact on-policy")
-    max_tokens: int = Field(1024, ge=1, description="sampled tokens per rollout")
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(-1, ge=-1, description="-1 or 0: off")
+    groups_per_batch: int = Field(default=32, ge=1, description="prompts per optimizer step")
+    group_size: int = Field(default=8, ge=1, description="samples per prompt")
+    max_staleness: int = Field(default=1, ge=0, description="optimizer steps a rollout may lag; 0: exact on-policy")
+    max_tokens: int = Field(default=1024, ge=1, description="sampled tokens per rollout")
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=-1, ge=-1, description="-1 or 0: off")
     stop: tuple[str, ...] = ()
-    group_timeout_s: float = Field(1800.0, gt=0, description="for one group, from its admission to its verdicts")
+    group_timeout_s: float = Field(default=1800.0, gt=0, description="one group, from admission to verdicts")
 
 
 @dataclass(frozen=True, slots=True)

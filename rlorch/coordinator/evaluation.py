@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 class EvaluationSpec(Spec):
     """When and how held-out prompts are evaluated. Before the first and after the last step always."""
 
-    every: int = Field(20, ge=0, description="optimizer steps; 0: only before and after")
-    samples: int = Field(1, ge=1, description="sampled completions per prompt, at the training temperature")
-    greedy: bool = Field(True, description="also evaluate greedy decoding")
-    timeout_s: float = Field(1800.0, gt=0)
+    every: int = Field(default=20, ge=0, description="optimizer steps; 0: only before and after")
+    samples: int = Field(default=1, ge=1, description="sampled completions per prompt, at the training temperature")
+    greedy: bool = Field(default=True, description="also evaluate greedy decoding")
+    timeout_s: float = Field(default=1800.0, gt=0)
 
 
 @dataclass(frozen=True, slots=True)

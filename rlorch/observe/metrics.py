@@ -55,6 +55,7 @@ train/num_loss_tokens | tokens | tokens that the loss counted (mask > 0)
 train/num_sequences | count | training rows of the step
 train/kl_behaviour | nats | mean over loss tokens of behaviour minus trained log-probability: how far the policy has
     moved since sampling
+train/kl_behaviour_k3 | nats | the same distance by the estimator k3, which is never negative
 train/ref_kl | nats | KL divergence to the reference policy (estimator k3), mean per loss token
 train/ratio_mean | 1 | mean importance ratio, trained over behaviour probability
 train/ratio_max | 1 | largest importance ratio
@@ -98,6 +99,8 @@ pool/<replica>_queued | count | requests that wait for one replica
 drop/<reason> | count | groups dropped for this reason, since the run started
 eval/accuracy_sampled | 1 | mean reward on held-out prompts, sampled at the training temperature
 eval/accuracy_greedy | 1 | mean reward on held-out prompts, greedy
+eval/failures | count | held-out rollouts without a score, left out of the means
+eval/loss | nats | mean negative log-likelihood of held-out demonstrations, per learned token (sft)
 eval/prompts | count | held-out prompts
 eval/version | steps | version that was evaluated
 eval/seconds | s | wall time of the evaluation

@@ -20,7 +20,8 @@ import asyncio
 import bisect
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from rlorch.aio import Watched, deadline
@@ -85,11 +86,22 @@ class _Lengths:
             self.tokens = (self.tokens or 0.0) + alpha * (len(completion.tokens_T) - (self.tokens or 0.0))
 
 
+Span = Callable[[str], AbstractContextManager[object]]
+"""Opened around each attempt, with the replica's name: how a tracer sees which replica is busy."""
+
+
+def _no_span(name: str) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
 class SamplerPool:
     """Admission, routing, retries and moves over named replicas. Build it and use it on one event loop."""
 
-    def __init__(self, samplers: Mapping[str, Sampler], config: PoolConfig | None = None) -> None:
+    def __init__(
+        self, samplers: Mapping[str, Sampler], config: PoolConfig | None = None, *, span: Span | None = None
+    ) -> None:
         self.config = config or PoolConfig()
+        self._span: Span = span or _no_span
         self.lost: Watched[frozenset[str]] = Watched(frozenset())
         self._replicas: dict[str, Replica] = {}
         self._router = Router()
@@ -231,7 +243,8 @@ class SamplerPool:
         """Send the request and tell the strategy how it went. Cancelled or late: aborted in the engine too."""
         now = asyncio.get_running_loop().time
         try:
-            completions = await replica.sample(prompt_T, params, ticket.request_id, self.config.request_timeout_s)
+            with self._span(replica.name):
+                completions = await replica.sample(prompt_T, params, ticket.request_id, self.config.request_timeout_s)
         except OverloadedError:
             self._counts["refused"] += 1
             replica.strategy.completed(ResponseMetrics(status_code=429, retry_attempt=ticket.refusals), now())

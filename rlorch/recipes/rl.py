@@ -36,6 +36,7 @@ from rlorch.journal.journal import SqliteJournal
 from rlorch.journal.recovery import RecoveredRun, read_state
 from rlorch.observe.console import Console
 from rlorch.observe.logs import RunLogs
+from rlorch.observe.sinks import FanOut
 from rlorch.observe.trace import Tracer
 from rlorch.observe.view import Accuracy, RunSummary, Status
 from rlorch.pool.config import PoolConfig
@@ -59,14 +60,14 @@ class RLConfig(Spec):
     """`rlorch train` with `recipe: rl`."""
 
     recipe: Literal["rl"] = "rl"
-    name: str = Field("rl", description="names the run directory")
+    name: str = Field(default="rl", description="names the run directory")
     model: str = Field(description="directory of the initial policy, or a hub id")
-    run_dir: str | None = Field(None, description="default: runs/<name>")
-    runtime: Literal["ray", "local"] = Field("ray", description="local: all roles in this process, for debugging")
-    address: str | None = Field(None, description="Ray cluster; null: start one here, auto: the one around")
+    run_dir: str | None = Field(default=None, description="default: runs/<name>")
+    runtime: Literal["ray", "local"] = Field(default="ray", description="local: all in this process")
+    address: str | None = Field(default=None, description="Ray cluster; null: start one here, auto: the one around")
     seed: int = 0
     steps: int = Field(ge=1, description="optimizer steps")
-    epochs: int | None = Field(None, ge=1, description="passes over the data; null: repeat until `steps`")
+    epochs: int | None = Field(default=None, ge=1, description="passes over the data; null: repeat until `steps`")
     data: DataSpec
     held_out: HeldOutSpec = HeldOutSpec()
     render: RenderSpec = RenderSpec()
@@ -142,6 +143,21 @@ async def run(
             return await _Run(config, runtime, run_dir, journal, sink, tracer, messages).run(stop or asyncio.Event())
 
 
+async def evaluate(config: RLConfig, runtime: Runtime) -> Mapping[str, float]:
+    """Evaluate `config.model` on the held-out prompts through a sampler; returns the metrics. `rlorch eval`.
+
+    Raises:
+        DataError: the config holds no prompts out.
+    """
+    run_dir = RunDir(run_path(config))
+    await asyncio.to_thread(run_dir.path.mkdir, parents=True, exist_ok=True)
+    with RunLogs(run_dir.path, "coordinator"):
+        async with SqliteJournal(run_dir.journal) as journal:
+            tracer = Tracer(time.perf_counter)
+            run = _Run(config, runtime, run_dir, journal, FanOut([]), tracer, Messages())
+            return (await run.evaluate()).metrics()
+
+
 class _Run:
     """One process's part in a run."""
 
@@ -173,11 +189,11 @@ class _Run:
             stop=config.rollout.stop,
         )
         self.clock = time.perf_counter
+        self._evaluating: asyncio.Task[None] | None = None
 
     async def run(self, stop: asyncio.Event) -> RunSummary:
         """From nothing, or from what the run directory holds, to the summary."""
-        self.train_rows, held_out_rows = await asyncio.to_thread(self._load_data)
-        self.held_out = [self._prompt(-1 - index, row) for index, row in enumerate(held_out_rows)]
+        await self._load()
         latest = await self.checkpoints.latest()
         recovered = await asyncio.to_thread(read_state, self.run_dir.journal, from_step=latest.step if latest else 0)
         shutil.rmtree(self.run_dir.path / "weights", ignore_errors=True)  # every replica starts from a new anchor
@@ -189,7 +205,7 @@ class _Run:
         self.coordinator = self.board.coordinator = self._make_coordinator(version, recovered)
         self.evaluator = self._make_evaluator()
         console = Console(self.board.view) if self.config.observe.console != "off" else nullcontext()
-        status: Status = "failed"
+        status: Status = "running"
         try:
             with console:
                 async with asyncio.TaskGroup() as background:
@@ -199,6 +215,9 @@ class _Run:
                     status = await self._train(background, stop, recovered)
                     for task in tasks:
                         task.cancel()
+        except BaseException:
+            status = "interrupted" if stop.is_set() else "failed"
+            raise
         finally:
             summary = self._summary(status)
             summary.write(self.run_dir.path)
@@ -209,19 +228,13 @@ class _Run:
         coordinator = self.coordinator
         await coordinator.replay(recovered.batches)
         coordinator.restore(recovered.finished)
-        await self._publish()
-        async with deadline(
-            self.config.sampler.start_timeout_s + self.config.weights.stage_timeout_s,
-            f"samplers: none serves version {coordinator.version}; logs/sampler-*.log say how far they came",
-        ):
-            await self.roles.fleet.syncs.committed_everywhere.until(lambda served: served >= coordinator.version)
-        await self._prove_samplers()
+        await self._serve()
         before = recovered.last_events.get("evaluation_before")
         if before is not None:
             self.board.evaluations.append(Evaluation(**before.payload))
         elif self.held_out:
             await self._evaluate("evaluation_before")
-        self._background, self._evaluating = background, None
+        self._background = background
         watch = background.create_task(self._watch(stop), name="stop")
         await coordinator.run()
         watch.cancel()
@@ -235,14 +248,31 @@ class _Run:
         await self.roles.trainer.save_pretrained(str(self.run_dir.model))
         return "finished"
 
+    async def evaluate(self) -> Evaluation:
+        """Only the evaluation: no training, no prompts but the held-out ones."""
+        await self._load()
+        if not self.held_out:
+            raise DataError("nothing to evaluate on: set held_out.num_prompts")
+        self.roles = await self._start()
+        self.board = self._make_board()
+        self.evaluator = self._make_evaluator()
+        async with asyncio.TaskGroup() as background:
+            fleet = background.create_task(self.roles.fleet.run(), name="fleet")
+            await self._serve()
+            await self._evaluate("evaluation")
+            fleet.cancel()
+        return self.board.evaluations[-1]
+
     # --- starting -----------------------------------------------------------------------------------------
 
-    def _load_data(self) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
-        rows = load_rows(self.config.data)
-        train, held_out = split_held_out(rows, self.config.held_out.num_prompts, self.config.render.prompt_field)
-        if not len(train):
-            raise DataError(f"{self.config.data.source}: no prompts are left to train on; lower held_out.num_prompts")
-        return train, held_out
+    async def _load(self) -> None:
+        """Rows, and the held-out prompts: the same for the same data, whatever the seed of the run."""
+        config = self.config
+        rows = await asyncio.to_thread(load_rows, config.data)
+        self.train_rows, held_out = split_held_out(rows, config.held_out.num_prompts, config.render.prompt_field)
+        if not self.train_rows:
+            raise DataError(f"{config.data.source}: no prompts are left to train on; lower held_out.num_prompts")
+        self.held_out = [self._prompt(-1 - index, row) for index, row in enumerate(held_out)]
 
     async def _start(self) -> Roles:
         """All roles at once; the first failure ends the others' start."""
@@ -264,10 +294,11 @@ class _Run:
         publisher = Publisher(trainer.result(), store, config.weights)
         syncs = SyncGroup(store, config.weights, publisher.head, gate_timeout_s=config.evaluation.timeout_s)
         started = {name: task.result() for name, task in samplers.items()}
+        pool = SamplerPool({}, config.concurrency, span=lambda name: self.tracer.span(name, "generate"))
         return Roles(
             trainer=trainer.result(),
             reference=reference.result() if reference else None,
-            fleet=Fleet(runtime, started, SamplerPool({}, config.concurrency), syncs),
+            fleet=Fleet(runtime, started, pool, syncs),
             rewards=RewardPool(
                 {name: task.result() for name, task in workers.items()},
                 call_timeout_s=2 * config.rewards.timeout_s + config.rewards.start_timeout_s,
@@ -378,6 +409,16 @@ class _Run:
         manifest = await self.roles.publisher.publish()
         self.board.published(manifest)
         return manifest
+
+    async def _serve(self) -> None:
+        """Publish the trainer's weights, wait until a replica serves them, and check that it computes with them."""
+        version = (await self._publish()).version
+        async with deadline(
+            self.config.sampler.start_timeout_s + self.config.weights.stage_timeout_s,
+            f"samplers: none serves version {version}; logs/sampler-*.log say how far they came",
+        ):
+            await self.roles.fleet.syncs.committed_everywhere.until(lambda served: served >= version)
+        await self._prove_samplers()
 
     async def _prove_samplers(self) -> None:
         """Every replica must give a fixed sequence the log-probs that the trainer gives it."""

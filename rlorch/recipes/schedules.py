@@ -19,10 +19,10 @@ class ScheduleSpec(Spec):
     """
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up; the first step has peak / warmup_steps")
-    min_ratio: float = Field(0.0, ge=0, le=1, description="final learning rate as a share of the peak")
-    decay_ratio: float = Field(0.1, gt=0, le=1, description="wsd: share of all steps that decay")
-    decay_type: DecayShape = Field("linear", description="wsd: shape of the decay")
+    warmup_steps: int = Field(default=0, ge=0, description="linear; the first step has peak / warmup_steps")
+    min_ratio: float = Field(default=0.0, ge=0, le=1, description="final learning rate as a share of the peak")
+    decay_ratio: float = Field(default=0.1, gt=0, le=1, description="wsd: share of all steps that decay")
+    decay_type: DecayShape = Field(default="linear", description="wsd: shape of the decay")
 
     @model_validator(mode="after")
     def _decay_options_belong_to_wsd(self) -> "ScheduleSpec":

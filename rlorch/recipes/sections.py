@@ -13,12 +13,12 @@ from rlorch.types import AdamParams
 class OptimizerSpec(Spec):
     """AdamW (arXiv 1711.05101) and its learning-rate schedule."""
 
-    learning_rate: float = Field(1e-6, gt=0, description="peak learning rate")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0, description="decoupled; not applied to norms and biases")
-    grad_clip_norm: float = Field(1.0, ge=0, description="global norm; 0: off")
+    learning_rate: float = Field(default=1e-6, gt=0, description="peak learning rate")
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled; not applied to norms and biases")
+    grad_clip_norm: float = Field(default=1.0, ge=0, description="global norm; 0: off")
     schedule: ScheduleSpec = ScheduleSpec()
 
     def adam(self, step: int, total_steps: int) -> AdamParams:
@@ -36,20 +36,20 @@ class OptimizerSpec(Spec):
 class HeldOutSpec(Spec):
     """Prompts kept out of training, by a hash of their text, for evaluation."""
 
-    num_prompts: int = Field(0, ge=0, description="0: no evaluation")
+    num_prompts: int = Field(default=0, ge=0, description="0: no evaluation")
 
 
 class CheckpointSpec(Spec):
     """Resumable checkpoints: weights, optimizer, version."""
 
-    every: int = Field(50, ge=0, description="optimizer steps; 0: only at the end and on Ctrl-C")
-    keep_last: int = Field(2, ge=1)
+    every: int = Field(default=50, ge=0, description="optimizer steps; 0: only at the end and on Ctrl-C")
+    keep_last: int = Field(default=2, ge=1)
 
 
 class ObserveSpec(Spec):
     """Where metrics go besides metrics.jsonl, trace.json and the console."""
 
-    console: Literal["auto", "live", "plain", "off"] = Field("auto", description="auto: live on a terminal")
+    console: Literal["auto", "live", "plain", "off"] = Field(default="auto", description="auto: live on a terminal")
     tensorboard: bool = False
     wandb: bool = False
     wandb_project: str = "rlorch"

@@ -34,14 +34,14 @@ class SFTConfig(Spec):
     """`rlorch train` with `recipe: sft`."""
 
     recipe: Literal["sft"] = "sft"
-    name: str = Field("sft", description="names the run directory")
+    name: str = Field(default="sft", description="names the run directory")
     model: str = Field(description="directory of the initial model, or a hub id")
-    run_dir: str | None = Field(None, description="default: runs/<name>")
+    run_dir: str | None = Field(default=None, description="default: runs/<name>")
     runtime: Literal["ray", "local"] = "ray"
-    address: str | None = Field(None, description="Ray cluster; null: start one here, auto: the one around")
+    address: str | None = Field(default=None, description="Ray cluster; null: start one here, auto: the one around")
     seed: int = 0
     steps: int = Field(ge=1, description="optimizer steps; the data repeats, reshuffled")
-    batch_size: int = Field(32, ge=1, description="demonstrations per step")
+    batch_size: int = Field(default=32, ge=1, description="demonstrations per step")
     data: DataSpec
     held_out: HeldOutSpec = HeldOutSpec()
     render: RenderSpec = RenderSpec()
