@@ -20,7 +20,7 @@ from rlorch.cli.failures import Interrupted
 from rlorch.cli.machine import find_devices, model_size
 from rlorch.config import load_config
 from rlorch.config.document import read_document
-from rlorch.errors import ConfigError
+from rlorch.errors import ConfigError, UserError
 from rlorch.placement import Devices, Plan, adjusted, make_plan, render
 from rlorch.plugins import sibling
 from rlorch.ports import Runtime
@@ -140,6 +140,8 @@ async def run_on(
     runtime = host.open(adjusted(spec, plan), plan)
     try:
         return await call(runtime)
+    except UserError:
+        raise
     except Exception as error:
         logs = Path(spec.run_dir) / "logs"
         if logs.is_dir():

@@ -2,8 +2,10 @@
 
 import asyncio
 import itertools
+import runpy
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -379,3 +381,27 @@ async def test_a_prompt_without_room_to_answer_is_the_users_to_fix() -> None:
 def test_an_observation_has_one_form() -> None:
     with pytest.raises(ValueError, match="more than one"):
         Observation(text="a", tokens=(1,))
+
+
+# --- the example ------------------------------------------------------------------------------------------
+
+
+def guess_number() -> Environment:
+    path = Path(__file__).parents[2] / "examples" / "guess_number.py"
+    return runpy.run_path(str(path))["GuessNumber"]()
+
+
+@pytest.mark.parametrize(
+    ("says", "heard", "score"),
+    [
+        (["50$", "is it 37?$"], ["[u]Lower.[a]"], 0.9),
+        (["what$", "7$", "37$"], ["[u]Name a number.[a]", "[u]Higher.[a]"], 0.8),
+        (["1$"] * 9, ["[u]Higher.[a]"] * 6, 0.0),
+    ],
+)
+async def test_the_example_environment_plays_by_its_rules(says: list[str], heard: list[str], score: float) -> None:
+    played = Prompt(7, "?", np.asarray([63], np.int32), {"secret": 37})
+    rollout = await rollout_episode(setup(guess_number, Policy(says), prompt=played), 0)
+    assert [read for read, _ in read_and_said(rollout)[1:]] == heard
+    assert rollout.verdict is not None
+    assert rollout.verdict.score == pytest.approx(score)
