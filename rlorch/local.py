@@ -7,9 +7,9 @@ these same classes, so a run without Ray (`runtime: local`, breakpoints work) is
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rlorch.aio import Lane, deadline
 from rlorch.ports import RewardWorker, Tokenizer, WeightStore
@@ -193,10 +193,15 @@ class LocalSampler:
 
 
 class LocalRuntime:
-    """The Runtime port in this process. Reward workers are child processes here as everywhere."""
+    """The Runtime port in this process. Reward workers are child processes here as everywhere.
+
+    Engines load one at a time: transformers builds a model under a default dtype that holds for the whole process, and
+    a model that another thread builds meanwhile gets some of its tensors in it.
+    """
 
     def __init__(self, spec: RuntimeSpec) -> None:
         self._spec = spec
+        self._loading = asyncio.Lock()
         self._store = FileWeightStore(Path(spec.run_dir) / "weights", spec.weights)
         self._roles: dict[str, LocalTrainer | LocalReference | LocalSampler | ProcessRewardWorker] = {}
 
@@ -213,15 +218,30 @@ class LocalRuntime:
     async def trainer(self) -> LocalTrainer:
         """See `Runtime.trainer`."""
         spec = self._spec
-        return await self._start("trainer", LocalTrainer.start(spec.model, spec.trainer, spec.weights, self._store))
+
+        async def start() -> LocalTrainer:
+            async with self._loading:
+                return await LocalTrainer.start(spec.model, spec.trainer, spec.weights, self._store)
+
+        return await self._start("trainer", start)
 
     async def reference(self) -> LocalReference:
         """See `Runtime.reference`."""
-        return await self._start("reference", LocalReference.start(self._spec.model, self._spec.trainer))
+
+        async def start() -> LocalReference:
+            async with self._loading:
+                return await LocalReference.start(self._spec.model, self._spec.trainer)
+
+        return await self._start("reference", start)
 
     async def sampler(self, name: str) -> LocalSampler:
         """See `Runtime.sampler`."""
-        return await self._start(name, LocalSampler.start(self._spec.model, self._spec.sampler, self._store))
+
+        async def start() -> LocalSampler:
+            async with self._loading:
+                return await LocalSampler.start(self._spec.model, self._spec.sampler, self._store)
+
+        return await self._start(name, start)
 
     async def reward_worker(self, name: str) -> RewardWorker:
         """See `Runtime.reward_worker`."""
@@ -234,7 +254,7 @@ class LocalRuntime:
             await worker.start()
             return worker
 
-        return await self._start(name, start())
+        return await self._start(name, start)
 
     async def stop(self) -> None:
         """See `Runtime.stop`."""
@@ -246,8 +266,8 @@ class LocalRuntime:
             except TimeoutError as error:
                 log.warning("%s", error)
 
-    async def _start(self, name: str, starting: Coroutine[Any, Any, R]) -> R:
+    async def _start(self, name: str, start: Callable[[], Awaitable[R]]) -> R:
         if (old := self._roles.pop(name, None)) is not None:
             await old.close()
-        self._roles[name] = role = await starting
+        self._roles[name] = role = await start()
         return role

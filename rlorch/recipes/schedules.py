@@ -26,9 +26,11 @@ class ScheduleSpec(Spec):
 
     @model_validator(mode="after")
     def _decay_options_belong_to_wsd(self) -> "ScheduleSpec":
-        given = {"decay_ratio", "decay_type"} & self.model_fields_set
+        # A default that is written out, as in the resolved config of a run, asks for nothing.
+        defaults = {name: type(self).model_fields[name].default for name in ("decay_ratio", "decay_type")}
+        given = [name for name, default in defaults.items() if getattr(self, name) != default]
         if given and self.kind != "wsd":
-            raise ValueError(f"{', '.join(sorted(given))} belong to kind wsd, but kind is {self.kind}")
+            raise ValueError(f"{', '.join(given)} belong to kind wsd, but kind is {self.kind}")
         return self
 
 
