@@ -28,8 +28,6 @@ SPEC = contract_spec("vllm")
 
 
 class TestVllmFloat32(SamplerContract):
-    tolerance = 2e-4
-
     @pytest.fixture(scope="class")
     def open_engine(self) -> Open:
         return partial(open_sampler_engine, spec=SPEC, dtype="float32")
@@ -111,7 +109,7 @@ class TestVllmFloat32(SamplerContract):
 
 class TestVllmBfloat16(WeightsContract):
     dtype = torch.bfloat16
-    tolerance = 0.15
+    tolerance = 0.15  # measured: mean 0.016, largest 0.08; other kernels than transformers' round differently
 
     @pytest.fixture(scope="class")
     def open_engine(self) -> Open:
