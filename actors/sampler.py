@@ -29,7 +29,7 @@ class SamplerActor:
         """Start the engine and its self-test."""
         prepare(name, spec.run_dir, threads)
         store = FileWeightStore(Path(spec.run_dir) / "weights", spec.weights)
-        self._role = await LocalSampler.start(spec.model, spec.sampler, store)
+        self._role = await LocalSampler.start(spec, store)
 
     async def sample(self, prompt_T: Tokens, params: SamplingParams, request_id: str) -> tuple[Completion, ...]:
         """One hop."""

