@@ -23,6 +23,7 @@ from rlorch.config import describe
 from rlorch.errors import ConfigError, PluginError, StorageError, UserError
 from rlorch.observe.view import RunSummary
 from rlorch.plugins import known_names
+from rlorch.ports import Runtime
 from rlorch.scoring.plugin import REWARD_KIND
 
 Say = Callable[[str], None]
@@ -38,12 +39,14 @@ def run_training(
         say(plan_text(recipe, config))
         say(f"\nrun directory: {recipe.run_path(config)}")
         return None
+    inputs = recipe.prepare(config, resume=resume)
     with host(config.runtime, config.address) as opened:
 
         async def work(stop: asyncio.Event) -> Any:
-            return await run_on(
-                opened, recipe, config, lambda runtime: recipe.run(config, runtime, resume=resume, stop=stop), say
-            )
+            def train(runtime: Runtime) -> Awaitable[Any]:
+                return recipe.run(config, runtime, resume=resume, stop=stop, inputs=inputs)
+
+            return await run_on(opened, recipe, config, train, say)
 
         return _finish(work, recipe.run_path(config), say)
 
@@ -97,7 +100,11 @@ def run_quickstart(
                     raise Interrupted(f"stopped; start again from the top: rlorch quickstart --dir {root}-again")
                 recipe = load_recipe(config.recipe)
                 return await run_on(
-                    host, recipe, config, lambda opened: recipe.run(config, opened, resume=False, stop=stop), say
+                    host,
+                    recipe,
+                    config,
+                    lambda opened: recipe.run(config, opened, resume=False, stop=stop, inputs=None),
+                    say,
                 )
 
             return await quickstart(

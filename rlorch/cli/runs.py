@@ -47,8 +47,12 @@ class Recipe(Protocol):
         """The run directory."""
         ...
 
-    def run(self, config: Any, runtime: Runtime, *, resume: bool, stop: asyncio.Event) -> Awaitable[Any]:
-        """The whole run; returns its summary."""
+    def prepare(self, config: Any, *, resume: bool) -> Any:
+        """Read the data and refuse what is wrong, before anything is started. Raises `UserError`."""
+        ...
+
+    def run(self, config: Any, runtime: Runtime, *, resume: bool, stop: asyncio.Event, inputs: Any) -> Awaitable[Any]:
+        """The whole run, on what `prepare` returned (or None); returns its summary."""
         ...
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,8 +31,8 @@ from rlorch.coordinator.evaluation import Evaluation, EvaluationSpec, Evaluator
 from rlorch.coordinator.fleet import Fleet
 from rlorch.coordinator.ledger import Ledger
 from rlorch.coordinator.source import Cursor, PromptSource
-from rlorch.data import DataSpec, load_rows, split_held_out
-from rlorch.errors import DataError, SelfTestError, StorageError
+from rlorch.data import DataSpec
+from rlorch.errors import DataError, SelfTestError
 from rlorch.journal.journal import SqliteJournal
 from rlorch.journal.recovery import RecoveredRun, read_state
 from rlorch.observe.console import Console
@@ -39,15 +40,18 @@ from rlorch.observe.logs import RunLogs
 from rlorch.observe.sinks import FanOut
 from rlorch.observe.trace import Tracer
 from rlorch.observe.view import Accuracy, RunSummary, Status
+from rlorch.plugins import resolve
 from rlorch.pool.config import PoolConfig
 from rlorch.pool.pool import SamplerPool
-from rlorch.ports import MetricSink, Reference, Runtime, Trainer
-from rlorch.recipes.run_dir import RunDir, learned_digest, open_run_dir
-from rlorch.recipes.sections import CheckpointSpec, HeldOutSpec, ObserveSpec, OptimizerSpec, check_model_dir
+from rlorch.ports import MetricSink, Reference, Runtime, Tokenizer, Trainer
+from rlorch.recipes.inputs import Inputs, read_rows
+from rlorch.recipes.run_dir import RunDir, check_run_dir, learned_digest, open_run_dir
+from rlorch.recipes.sections import CheckpointSpec, HeldOutSpec, ObserveSpec, OptimizerSpec, check_model_dir, model_path
 from rlorch.recipes.sft import save_checkpoint
 from rlorch.render.prompt import RenderSpec, render_prompt
 from rlorch.rollout.single_turn import rollout_group
-from rlorch.scoring.pool import RewardPool
+from rlorch.scoring.plugin import REWARD_KIND
+from rlorch.scoring.pool import RewardPool, call_timeout_s
 from rlorch.specs import RewardSpec, RuntimeSpec, SamplerSpec, Spec, TrainerSpec, WeightsSpec
 from rlorch.types import Datum, Manifest, Prompt, Rollout, SamplingParams
 from rlorch.weights.group import SyncGroup
@@ -101,7 +105,7 @@ def runtime_spec(config: RLConfig) -> RuntimeSpec:
     """What this recipe needs started. A reference only when the KL coefficient is not 0."""
     reference = config.algorithm.kl_coefficient > 0
     return RuntimeSpec(
-        model=check_model_dir(config.model),
+        model=model_path(config.model),
         run_dir=str(run_path(config)),
         trainer=config.trainer,
         sampler=config.sampler,
@@ -122,15 +126,37 @@ class Roles:
     publisher: Publisher
 
 
+def prepare(config: RLConfig, *, resume: bool = False) -> Inputs:
+    """Read the data, and refuse what is wrong with model, rewards or run directory; starts and writes nothing.
+
+    Raises:
+        UserError: the model, a reward, the data or the run directory; the message says which.
+    """
+    check_run_dir(run_path(config), config, resume=resume)
+    check_model_dir(config.model)
+    for term in config.rewards.terms:
+        resolve(term.plugin, REWARD_KIND)
+    return read_rows(config.data, config.held_out, config.render)
+
+
 async def run(
-    config: RLConfig, runtime: Runtime, *, resume: bool = False, stop: asyncio.Event | None = None
+    config: RLConfig,
+    runtime: Runtime,
+    *,
+    resume: bool = False,
+    stop: asyncio.Event | None = None,
+    inputs: Inputs | None = None,
 ) -> RunSummary:
     """Train to `config.steps`. With `stop` set, ends after the running step, with a checkpoint.
+
+    `inputs` is what `prepare` returned; without it, it is called here.
 
     Raises:
         UserError: something in the config, the data or the run directory is wrong.
         ExceptionGroup: a role failed for good; everything finished is in the journal, `resume=True` goes on.
     """
+    rows = inputs or await asyncio.to_thread(prepare, config, resume=resume)
+    tokenizer = runtime.tokenizer()
     run_dir = open_run_dir(run_path(config), config, resume=resume)
     with ExitStack() as closing:
         closing.enter_context(RunLogs(run_dir.path, "coordinator"))
@@ -140,7 +166,8 @@ async def run(
         sink = run_dir.sinks(config.observe, config.name, config)
         closing.callback(sink.close)
         async with SqliteJournal(run_dir.journal, config_digest=learned_digest(config)) as journal:
-            return await _Run(config, runtime, run_dir, journal, sink, tracer, messages).run(stop or asyncio.Event())
+            run = _Run(config, runtime, tokenizer, rows, run_dir, journal, sink, tracer, messages)
+            return await run.run(stop or asyncio.Event())
 
 
 async def evaluate(config: RLConfig, runtime: Runtime) -> Mapping[str, float]:
@@ -149,12 +176,16 @@ async def evaluate(config: RLConfig, runtime: Runtime) -> Mapping[str, float]:
     Raises:
         DataError: the config holds no prompts out.
     """
+    check_model_dir(config.model)
+    rows = await asyncio.to_thread(read_rows, config.data, config.held_out, config.render)
+    if not rows.held_out_rows:
+        raise DataError("nothing to evaluate on: set held_out.num_prompts")
     run_dir = RunDir(run_path(config))
     await asyncio.to_thread(run_dir.path.mkdir, parents=True, exist_ok=True)
     with RunLogs(run_dir.path, "coordinator"):
         async with SqliteJournal(run_dir.journal) as journal:
             tracer = Tracer(time.perf_counter)
-            run = _Run(config, runtime, run_dir, journal, FanOut([]), tracer, Messages())
+            run = _Run(config, runtime, runtime.tokenizer(), rows, run_dir, journal, FanOut([]), tracer, Messages())
             return (await run.evaluate()).metrics()
 
 
@@ -165,6 +196,8 @@ class _Run:
         self,
         config: RLConfig,
         runtime: Runtime,
+        tokenizer: Tokenizer,
+        rows: Inputs,
         run_dir: RunDir,
         journal: SqliteJournal,
         sink: MetricSink,
@@ -178,7 +211,9 @@ class _Run:
         self.sink = sink
         self.tracer = tracer
         self.messages = messages
-        self.tokenizer = runtime.tokenizer()
+        self.tokenizer = tokenizer
+        self.train_rows = rows.train_rows
+        self.held_out = [self._prompt(-1 - index, row) for index, row in enumerate(rows.held_out_rows)]
         self.checkpoints = FileCheckpointStore(run_dir.checkpoints, keep_last=config.checkpoint.keep_last)
         self.params = SamplingParams(
             n=config.rollout.group_size,
@@ -193,7 +228,6 @@ class _Run:
 
     async def run(self, stop: asyncio.Event) -> RunSummary:
         """From nothing, or from what the run directory holds, to the summary."""
-        await self._load()
         latest = await self.checkpoints.latest()
         recovered = await asyncio.to_thread(read_state, self.run_dir.journal, from_step=latest.step if latest else 0)
         shutil.rmtree(self.run_dir.path / "weights", ignore_errors=True)  # every replica starts from a new anchor
@@ -245,14 +279,11 @@ class _Run:
             await self._evaluating
         if self.held_out:
             await self._evaluate("evaluation_after")
-        await self.roles.trainer.save_pretrained(str(self.run_dir.model))
+        await self.run_dir.export(self.roles.trainer)
         return "finished"
 
     async def evaluate(self) -> Evaluation:
         """Only the evaluation: no training, no prompts but the held-out ones."""
-        await self._load()
-        if not self.held_out:
-            raise DataError("nothing to evaluate on: set held_out.num_prompts")
         self.roles = await self._start()
         self.board = self._make_board()
         self.evaluator = self._make_evaluator()
@@ -264,15 +295,6 @@ class _Run:
         return self.board.evaluations[-1]
 
     # --- starting -----------------------------------------------------------------------------------------
-
-    async def _load(self) -> None:
-        """Rows, and the held-out prompts: the same for the same data, whatever the seed of the run."""
-        config = self.config
-        rows = await asyncio.to_thread(load_rows, config.data)
-        self.train_rows, held_out = split_held_out(rows, config.held_out.num_prompts, config.render.prompt_field)
-        if not self.train_rows:
-            raise DataError(f"{config.data.source}: no prompts are left to train on; lower held_out.num_prompts")
-        self.held_out = [self._prompt(-1 - index, row) for index, row in enumerate(held_out)]
 
     async def _start(self) -> Roles:
         """All roles at once; the first failure ends the others' start."""
@@ -301,7 +323,7 @@ class _Run:
             fleet=Fleet(runtime, started, pool, syncs),
             rewards=RewardPool(
                 {name: task.result() for name, task in workers.items()},
-                call_timeout_s=2 * config.rewards.timeout_s + config.rewards.start_timeout_s,
+                call_timeout_s=partial(call_timeout_s, config.rewards),
                 restart=runtime.reward_worker,
             ),
             publisher=publisher,
@@ -467,14 +489,10 @@ class _Run:
         await self.journal.event(kind, asdict(evaluation))
 
     async def _checkpoint(self, version: int) -> None:
-        """A full disk costs a checkpoint, not the run: training goes on, and the one before stays."""
         with self.tracer.span("trainer", "checkpoint", step=version):
-            try:
-                await save_checkpoint(self.checkpoints, self.roles.trainer, version)
-            except StorageError as error:
-                log.error("no checkpoint at version %d, the one before stays: %s", version, error)
-                return
-        await self.journal.event("checkpoint", {"version": version})
+            saved = await save_checkpoint(self.checkpoints, self.roles.trainer, version)
+        if saved:
+            await self.journal.event("checkpoint", {"version": version})
 
     async def _watch(self, stop: asyncio.Event) -> None:
         await stop.wait()

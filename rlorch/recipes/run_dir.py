@@ -4,14 +4,19 @@ config.yaml      resolved                     metrics.jsonl  trace.json  summary
 journal.sqlite   what was sampled and trained checkpoints/   weights/    logs/<role>.log
 """
 
+import asyncio
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlorch.config import check_resumable, config_digest, dump_config, load_config
-from rlorch.errors import ResumeError
+from rlorch.errors import ResumeError, RlorchError, StorageError
+from rlorch.journal.journal import LOCK_NAME
+from rlorch.journal.lock import RunLock
+from rlorch.journal.recovery import read_state
 from rlorch.observe.logs import redact
-from rlorch.observe.sinks import Background, FanOut, JsonlSink, TensorBoardSink, WandbSink
-from rlorch.ports import MetricSink
+from rlorch.observe.sinks import METRICS_FILE, Background, FanOut, JsonlSink, TensorBoardSink, WandbSink
+from rlorch.ports import MetricSink, Trainer
 from rlorch.recipes.sections import ObserveSpec
 from rlorch.specs import Spec
 
@@ -56,6 +61,11 @@ class RunDir:
         return self.path / "journal.sqlite"
 
     @property
+    def metrics(self) -> Path:
+        """One JSON line of scalars per step."""
+        return self.path / METRICS_FILE
+
+    @property
     def checkpoints(self) -> Path:
         """Resumable checkpoints."""
         return self.path / "checkpoints"
@@ -65,9 +75,17 @@ class RunDir:
         """The trained model, as a directory that transformers and vLLM load."""
         return self.path / "model"
 
+    async def export(self, trainer: Trainer) -> None:
+        """Write the model directory, in place of an earlier one once it is whole. Raises `StorageError`."""
+        partial = self.path / "model.partial"
+        await asyncio.to_thread(shutil.rmtree, partial, ignore_errors=True)
+        await trainer.save_pretrained(str(partial))
+        await asyncio.to_thread(shutil.rmtree, self.model, ignore_errors=True)
+        partial.rename(self.model)
+
     def sinks(self, spec: ObserveSpec, name: str, config: Spec) -> FanOut:
         """Where metrics go: metrics.jsonl always, TensorBoard and W&B when asked for. Raises `ConfigError`."""
-        sinks: list[MetricSink] = [JsonlSink(self.path / "metrics.jsonl")]
+        sinks: list[MetricSink] = [JsonlSink(self.metrics)]
         if spec.tensorboard:
             sinks.append(Background(TensorBoardSink(self.path / "tensorboard")))
         if spec.wandb:
@@ -76,25 +94,64 @@ class RunDir:
         return FanOut(sinks)
 
 
-def open_run_dir(path: Path, config: Spec, *, resume: bool) -> RunDir:
-    """Make the directory of a new run, or check that the config continues the run that is there.
+def check_run_dir(path: Path, config: Spec, *, resume: bool) -> RunDir:
+    """The directory, if a run of this config may start or go on there. Changes nothing.
+
+    A start that failed before anything was sampled or saved is no run: the next one may take its place.
 
     Raises:
         ResumeError: a new run where one is already, nothing to resume, or a config that changes what is learned.
     """
     run = RunDir(path)
-    if not resume:
-        if run.journal.exists() or run.config.exists():
-            raise ResumeError(
-                f"{path} already holds a run: continue it with --resume, or give the new one another run_dir or name"
-            )
-        path.mkdir(parents=True, exist_ok=True)
-    elif not run.config.exists():
-        raise ResumeError(f"{path} holds no run to resume (no config.yaml): start it without --resume")
-    else:
+    if resume:
+        if not run.config.exists():
+            raise ResumeError(f"{path} holds no run to resume (no config.yaml): start it without --resume")
         check_resumable(load_config(type(config), run.config), config, FREE_TO_CHANGE)
-    run.config.write_text(dump_config(config))
+    elif run.config.exists() and not _failed_start(run):
+        raise ResumeError(
+            f"{path} already holds a run: continue it with --resume, or give the new one another run_dir or name"
+        )
     return run
+
+
+def open_run_dir(path: Path, config: Spec, *, resume: bool) -> RunDir:
+    """Make the directory of a new run, or check that the config continues the run that is there.
+
+    Raises:
+        ResumeError: as `check_run_dir`; or another driver is at work there.
+        StorageError: the directory cannot be written.
+    """
+    run = check_run_dir(path, config, resume=resume)
+    partial = path / ".config.yaml.partial"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            _clear(run)
+        partial.write_text(dump_config(config), encoding="utf-8")
+        partial.replace(run.config)  # a kill leaves the old config or the new one
+    except OSError as error:
+        raise StorageError(f"run directory {path} cannot be written: {error}; set run_dir, or make room") from error
+    return run
+
+
+def _failed_start(run: RunDir) -> bool:
+    """Whether a run was begun there, but nothing was sampled or saved."""
+    if any(run.checkpoints.glob("[!.]*")) or not (run.journal.exists() or run.metrics.exists()):
+        return False
+    if not run.journal.exists():
+        return run.metrics.stat().st_size == 0
+    try:
+        state = read_state(run.journal)
+    except RlorchError:
+        return False  # whatever it is, it is not to be deleted
+    return not state.resolved and not state.last_events
+
+
+def _clear(run: RunDir) -> None:
+    """Take away what a failed start left, unless its driver lives."""
+    RunLock(run.path / LOCK_NAME).release()
+    for path in (*run.path.glob(f"{run.journal.name}*"), run.metrics):
+        path.unlink(missing_ok=True)
 
 
 def learned_digest(config: Spec) -> str:

@@ -5,9 +5,13 @@ from typing import Literal
 
 from pydantic import Field
 
+from rlorch.errors import ModelError
 from rlorch.recipes.schedules import ScheduleSpec, lr_at
 from rlorch.specs import Spec
 from rlorch.types import AdamParams
+
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "tekken.json")
+"""Patterns of the files of a tokenizer; without any of them there is none."""
 
 
 class OptimizerSpec(Spec):
@@ -55,7 +59,27 @@ class ObserveSpec(Spec):
     wandb_project: str = "rlorch"
 
 
-def check_model_dir(model: str) -> str:
+def model_path(model: str) -> str:
     """The absolute directory of a local model, or the hub id unchanged."""
     path = Path(model).expanduser()
     return str(path.resolve()) if path.exists() else model
+
+
+def check_model_dir(model: str) -> None:
+    """Refuse what cannot be a model, without loading it. A hub id is taken on trust.
+
+    Raises:
+        ModelError: a path where nothing is, or a directory without a config or a tokenizer.
+    """
+    path = Path(model).expanduser()
+    if not path.exists():
+        if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
+            raise ModelError(f"model = {model}: no such directory (looked from {Path.cwd()})")
+        return
+    path = path.resolve()
+    if not (path / "config.json").is_file():
+        raise ModelError(f"model = {path}: no config.json: a model directory as save_pretrained writes it is needed")
+    if not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise ModelError(
+            f"model = {path}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's tokenizer there"
+        )

@@ -17,11 +17,12 @@ import numpy as np
 from pydantic import Field
 
 from rlorch.checkpoint.store import FileCheckpointStore
-from rlorch.data import DataSpec, load_rows, split_held_out
-from rlorch.errors import DataError
+from rlorch.data import DataSpec
+from rlorch.errors import StorageError
 from rlorch.ports import Runtime, Trainer
-from rlorch.recipes.run_dir import open_run_dir
-from rlorch.recipes.sections import CheckpointSpec, HeldOutSpec, ObserveSpec, OptimizerSpec, check_model_dir
+from rlorch.recipes.inputs import Inputs, read_rows
+from rlorch.recipes.run_dir import check_run_dir, open_run_dir
+from rlorch.recipes.sections import CheckpointSpec, HeldOutSpec, ObserveSpec, OptimizerSpec, check_model_dir, model_path
 from rlorch.render.prompt import RenderSpec
 from rlorch.render.supervised import TrainOn, render_supervised, supervised_example, to_datum
 from rlorch.specs import RuntimeSpec, SamplerSpec, Spec, TrainerSpec, WeightsSpec
@@ -58,7 +59,7 @@ Config = SFTConfig
 def runtime_spec(config: SFTConfig) -> RuntimeSpec:
     """What this recipe needs started: a trainer."""
     return RuntimeSpec(
-        model=check_model_dir(config.model),
+        model=model_path(config.model),
         run_dir=str(run_path(config)),
         trainer=config.trainer,
         sampler=SamplerSpec(),
@@ -72,14 +73,31 @@ def run_path(config: SFTConfig) -> Path:
     return Path(config.run_dir or f"runs/{config.name}").expanduser().resolve()
 
 
+def prepare(config: SFTConfig, *, resume: bool = False) -> Inputs:
+    """Read the data, and refuse what is wrong with model or run directory; starts and writes nothing.
+
+    Raises:
+        UserError: the model, the data or the run directory; the message says which.
+    """
+    check_run_dir(run_path(config), config, resume=resume)
+    check_model_dir(config.model)
+    return read_rows(config.data, config.held_out, config.render)
+
+
 async def run(
-    config: SFTConfig, runtime: Runtime, *, resume: bool = False, stop: asyncio.Event | None = None
+    config: SFTConfig,
+    runtime: Runtime,
+    *,
+    resume: bool = False,
+    stop: asyncio.Event | None = None,
+    inputs: Inputs | None = None,
 ) -> Mapping[str, float]:
-    """Train; returns the last step's metrics. With `stop` set, ends after the running step, with a checkpoint."""
+    """Train; returns the last step's metrics. With `stop` set, ends after the running step, with a checkpoint.
+
+    `inputs` is what `prepare` returned; without it, it is called here.
+    """
     stop = stop or asyncio.Event()
-    run_dir = open_run_dir(run_path(config), config, resume=resume)
-    rows = await asyncio.to_thread(load_rows, config.data)
-    train, held_out = split_held_out(rows, config.held_out.num_prompts, config.render.prompt_field)
+    rows = inputs or await asyncio.to_thread(prepare, config, resume=resume)
     tokenizer = runtime.tokenizer()
 
     def render(row: Mapping[str, object]) -> Datum:
@@ -87,10 +105,9 @@ async def run(
         demonstration = render_supervised(example, tokenizer, config.train_on, config.render)
         return to_datum(demonstration.tokens_T, demonstration.weights_T)
 
-    datums = [render(row) for row in train]
-    held_out_datums = [render(row) for row in held_out]
-    if not datums:
-        raise DataError(f"{config.data.source}: no demonstrations to train on")
+    datums = [render(row) for row in rows.train_rows]
+    held_out_datums = [render(row) for row in rows.held_out_rows]
+    run_dir = open_run_dir(run_path(config), config, resume=resume)
     trainer = await runtime.trainer()
     checkpoints = FileCheckpointStore(run_dir.checkpoints, keep_last=config.checkpoint.keep_last)
     version = 0
@@ -110,7 +127,7 @@ async def run(
                 await save_checkpoint(checkpoints, trainer, version)
         await save_checkpoint(checkpoints, trainer, version)
         if version >= config.steps:
-            await trainer.save_pretrained(str(run_dir.model))
+            await run_dir.export(trainer)
     finally:
         sink.close()
     return metrics
@@ -124,11 +141,20 @@ def batch_of(datums: Sequence[Datum], batch_size: int, step: int, seed: int) -> 
     return [datums[int(orders[position // len(datums)][position % len(datums)])] for position in positions]
 
 
-async def save_checkpoint(checkpoints: FileCheckpointStore, trainer: Trainer, version: int) -> None:
-    """A resumable checkpoint of `version`, unless it is there already."""
+async def save_checkpoint(checkpoints: FileCheckpointStore, trainer: Trainer, version: int) -> bool:
+    """A resumable checkpoint of `version`, unless it is there already; whether it is there now.
+
+    A full disk costs a checkpoint, not the run: training goes on, and the one before stays.
+    """
     name = f"step-{version}"
-    if all(manifest.name != name for manifest in await checkpoints.list()):
+    if any(manifest.name == name for manifest in await checkpoints.list()):
+        return True
+    try:
         await checkpoints.save(name, lambda path: trainer.save(str(path)), step=version, extra={})
+    except StorageError as error:
+        log.error("no checkpoint at version %d, the one before stays: %s", version, error)
+        return False
+    return True
 
 
 async def _step(trainer: Trainer, batch: Sequence[Datum], config: SFTConfig, version: int) -> dict[str, float]:
