@@ -1,7 +1,10 @@
 """A reward worker as a Ray actor: it owns a child process that it can kill, wherever in the cluster it runs."""
 
+from collections.abc import Sequence
+
 import ray
 
+from rlorch.scoring.pool import call_timeout_s
 from rlorch.scoring.worker import ProcessRewardWorker
 from rlorch.specs import RewardSpec, RuntimeSpec
 from rlorch.types import Rollout, Verdict
@@ -22,9 +25,9 @@ class RewardActor:
         self._role = ProcessRewardWorker(spec.rewards)
         await self._role.start()
 
-    async def score(self, rollout: Rollout) -> Verdict:
-        """One hop."""
-        return await self._role.score(rollout)
+    async def score(self, rollouts: tuple[Rollout, ...]) -> tuple[Verdict, ...]:
+        """One hop for all rollouts of a call."""
+        return await self._role.score(rollouts)
 
     async def close(self) -> None:
         """End the child process."""
@@ -34,13 +37,14 @@ class RewardActor:
 class RayRewardWorker:
     """The RewardWorker port over a `RewardActor`.
 
-    The worker keeps the budget of one rollout by itself; the deadline here covers its queue and a restart.
+    The worker keeps the budget of each rollout by itself; the deadline here covers the call and restarts in it.
     """
 
     def __init__(self, remote: Remote, spec: RewardSpec) -> None:
         self._remote = remote
-        self._timeout_s = 2 * spec.timeout_s + 2 * spec.start_timeout_s
+        self._spec = spec
 
-    async def score(self, rollout: Rollout) -> Verdict:
+    async def score(self, rollouts: Sequence[Rollout]) -> tuple[Verdict, ...]:
         """See `RewardWorker.score`."""
-        return await self._remote.call("score", rollout, timeout_s=self._timeout_s)
+        timeout_s = call_timeout_s(self._spec, len(rollouts))
+        return await self._remote.call("score", tuple(rollouts), timeout_s=timeout_s)

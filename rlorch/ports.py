@@ -121,9 +121,10 @@ class Sampler(Protocol):
 class RewardWorker(Protocol):
     """A process that runs reward plug-ins under a budget."""
 
-    async def score(self, rollout: Rollout) -> Verdict:
-        """The verdict, within the worker's own time budget: a slow, crashing or greedy plug-in is killed and
-        becomes a failure verdict. Never raises for what the plug-in does. Idempotent for pure plug-ins."""
+    async def score(self, rollouts: Sequence[Rollout]) -> tuple[Verdict, ...]:
+        """One verdict per rollout, in order. The worker's own time budget is per rollout: where the plug-in is slow,
+        crashes or is greedy it is killed, that rollout's verdict is a failure, and the others are scored. Never
+        raises for what the plug-in does. Idempotent for pure plug-ins."""
         ...
 
 

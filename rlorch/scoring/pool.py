@@ -1,13 +1,12 @@
 """The reward pool: N reward workers behind one call.
 
-`score(rollouts)` waits for a free slot per rollout (first come, first served), gives the rollout to the worker with the
-least running, and returns the rollouts with their verdicts. A plug-in that fails is a verdict, never an error. A
-worker that is lost (`ReplicaLostError`, or no answer within `call_timeout_s`) is reported, taken out of dispatch and
-restarted; its rollout goes to another worker once, and is then the failure `crash`.
+`score(rollouts)` waits for a free slot (first come, first served), gives the rollouts in one call, as one group, to the
+worker with the least running, and returns them with their verdicts. A plug-in that fails is a verdict, never an
+error. A worker that is lost (`ReplicaLostError`, or no answer within `call_timeout_s`) is reported, taken out of
+dispatch and restarted; its call goes to another worker once, and its rollouts are then the failure `crash`.
 
-Invariants: at most `slots_per_worker` rollouts are with a worker; at most `capacity` are in the pool, and callers
-wait outside; every wait ends when no call has ended for longer than a call can take; cancelling `score` frees its
-slots.
+Invariants: at most `slots_per_worker` calls are with a worker; every wait ends when no call has ended for longer than
+the longest one can take; cancelling `score` frees its slot.
 """
 
 import asyncio
@@ -21,19 +20,25 @@ from rlorch.ports import RewardWorker
 from rlorch.specs import RewardSpec
 from rlorch.types import FailureKind, Rollout, Verdict
 
-# More than `call_timeout_s` of the default RewardSpec.
-CALL_TIMEOUT_S = 600.0
+# Seconds per rollout; more than `call_timeout_s` of the default RewardSpec.
+ROLLOUT_TIMEOUT_S = 600.0
 
 Restart = Callable[[str], Awaitable[RewardWorker]]
 OnLost = Callable[[str, Exception], None]
 
 
-def call_timeout_s(spec: RewardSpec) -> float:
-    """The longest that one call to a worker of `spec` can take, with 10 s to spare.
+def call_timeout_s(spec: RewardSpec, num_rollouts: int) -> float:
+    """The longest that one call of `num_rollouts` to a worker of `spec` can take, in seconds, with 10 to spare.
 
-    A cancelled rollout may use up its budget first, then the process may be restarted twice, then the rollout runs.
+    A cancelled rollout may use up its budget first, and the process may have to be started; then each rollout may use
+    up its own and need another process for the next.
     """
-    return 2 * spec.timeout_s + 2 * spec.start_timeout_s + 10.0
+    return (num_rollouts + 1) * (spec.timeout_s + spec.start_timeout_s) + 10.0
+
+
+def default_call_timeout_s(num_rollouts: int) -> float:
+    """Longest time of a call of `num_rollouts`, in seconds, for workers with the default budgets."""
+    return num_rollouts * ROLLOUT_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,49 +66,47 @@ class RewardPoolView:
 
 @dataclass(slots=True)
 class _Slot:
-    """A worker's place in the pool."""
+    """A worker's place in the pool: `calls` are with it, of `running` rollouts."""
 
     name: str
     worker: RewardWorker
+    calls: int = 0
     running: int = 0
     lost: bool = False
     restarting: bool = False
 
 
 class RewardPool:
-    """Dispatches rollouts to reward workers."""
+    """Dispatches groups of rollouts to reward workers."""
 
     def __init__(
         self,
         workers: Mapping[str, RewardWorker],
         *,
-        call_timeout_s: float = CALL_TIMEOUT_S,
+        call_timeout_s: Callable[[int], float] = default_call_timeout_s,
         restart: Restart | None = None,
         on_lost: OnLost | None = None,
         slots_per_worker: int = 1,
-        capacity: int = 4096,
     ) -> None:
         """A pool of at least one worker.
 
         Args:
             workers: by name.
-            call_timeout_s: longest time of one call; `call_timeout_s(spec)` is what a worker may need.
-            restart: starts a lost worker again by its name (`Runtime.reward_worker`), within `call_timeout_s`. None:
-                a worker that is lost stays out.
+            call_timeout_s: longest time of a call of so many rollouts, in seconds; what a worker may need is
+                `partial(call_timeout_s, spec)`.
+            restart: starts a lost worker again by its name (`Runtime.reward_worker`), within the time of a call of
+                one rollout. None: a worker that is lost stays out.
             on_lost: told the name and the error of every loss.
-            slots_per_worker: rollouts that one worker holds at a time.
-            capacity: rollouts in the pool; further callers wait.
+            slots_per_worker: calls that one worker holds at a time.
         """
-        if not workers or slots_per_worker < 1 or capacity < 1:
-            raise ValueError(
-                f"a pool needs workers ({len(workers)}), slots ({slots_per_worker}), capacity ({capacity})"
-            )
+        if not workers or slots_per_worker < 1:
+            raise ValueError(f"a pool needs workers ({len(workers)}) and slots ({slots_per_worker})")
         self._slots = [_Slot(name, worker) for name, worker in workers.items()]
         self._slots_per_worker = slots_per_worker
         self._call_timeout_s = call_timeout_s
         self._restart_worker = restart
         self._on_lost = on_lost
-        self._admission = Limiter(capacity)
+        self._queued = 0
         self._dispatch = Limiter(len(workers) * slots_per_worker)
         self._scored = 0
         self._failures: Counter[FailureKind] = Counter()
@@ -112,7 +115,7 @@ class RewardPool:
         self._seconds = 0.0
 
     async def score(self, rollouts: Sequence[Rollout]) -> tuple[Rollout, ...]:
-        """The rollouts with their verdicts, in the order given.
+        """The rollouts, which one worker scores in one call, with their verdicts, in the order given.
 
         Raises:
             DeadlineError: no worker became free, and none ended a call, for longer than two calls can take.
@@ -124,80 +127,81 @@ class RewardPool:
                 for slot in self._slots:
                     if slot.lost:
                         group.create_task(self._restart(slot), name=f"restart {slot.name}")
-                tasks = [
-                    group.create_task(self._score(rollout, group), name=f"score {rollout.group_id}/{rollout.index}")
-                    for rollout in rollouts
-                ]
+                verdicts = await self._score(rollouts, group) if rollouts else ()
         except ExceptionGroup as errors:
             known, others = errors.split(RlorchError)
             if known is None or others is not None:
                 raise
             raise known.exceptions[0] from errors  # callers act on the type; the first one cancelled the rest
-        return tuple(replace(rollout, verdict=task.result()) for rollout, task in zip(rollouts, tasks, strict=True))
+        return tuple(replace(rollout, verdict=verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True))
 
     def view(self) -> RewardPoolView:
         """The pool's numbers now."""
-        running = sum(slot.running for slot in self._slots)
         finished = self._scored + sum(self._failures.values())
         return RewardPoolView(
             workers=len(self._slots),
             available=sum(not slot.lost for slot in self._slots),
-            running=running,
-            queued=self._admission.in_flight - running + self._admission.waiting,
+            running=sum(slot.running for slot in self._slots),
+            queued=self._queued,
             scored=self._scored,
             failures=dict(self._failures),
             lost=self._lost,
             mean_s=self._seconds / finished if finished else 0.0,
         )
 
-    async def _score(self, rollout: Rollout, group: asyncio.TaskGroup) -> Verdict:
-        await self._wait_for(self._admission, rollout)
-        try:
-            verdict = await self._attempt(rollout, group)
-            if isinstance(verdict, Exception):
-                verdict = await self._attempt(rollout, group)
-            if isinstance(verdict, Exception):
-                detail = f"two reward workers in a row were lost with this rollout: {verdict}"
-                verdict = Verdict(failure="crash", detail=detail)
-        finally:
-            self._admission.release()
-        self._count(verdict)
-        return verdict
+    async def _score(self, rollouts: Sequence[Rollout], group: asyncio.TaskGroup) -> tuple[Verdict, ...]:
+        verdicts = await self._attempt(rollouts, group)
+        if isinstance(verdicts, Exception):
+            verdicts = await self._attempt(rollouts, group)
+        if isinstance(verdicts, Exception):
+            detail = f"two reward workers in a row were lost with the rollout's group: {verdicts}"
+            verdicts = (Verdict(failure="crash", detail=detail),) * len(rollouts)
+        for verdict in verdicts:
+            self._count(verdict)
+        return verdicts
 
-    async def _attempt(self, rollout: Rollout, group: asyncio.TaskGroup) -> Verdict | Exception:
+    async def _attempt(self, rollouts: Sequence[Rollout], group: asyncio.TaskGroup) -> tuple[Verdict, ...] | Exception:
         """One try; the error where the worker was lost."""
-        slot = await self._free_slot(rollout)
+        slot = await self._free_slot(rollouts)
+        what = f"reward worker {slot.name!r} scoring {len(rollouts)} rollouts of group {rollouts[0].group_id}"
         try:
-            async with deadline(self._call_timeout_s, f"reward worker {slot.name!r} scoring a rollout"):
-                return await slot.worker.score(rollout)
+            async with deadline(self._call_timeout_s(len(rollouts)), what):
+                return await slot.worker.score(rollouts)
         except (ReplicaLostError, DeadlineError) as error:
             self._lose(slot, error, group)
             return error
         finally:
             self._ended_calls += 1
-            slot.running -= 1
+            slot.calls -= 1
+            slot.running -= len(rollouts)
             self._dispatch.release()
 
-    async def _free_slot(self, rollout: Rollout) -> _Slot:
-        """The least busy worker, with this rollout counted in."""
-        while True:
-            await self._wait_for(self._dispatch, rollout)
-            free = [slot for slot in self._slots if not slot.lost and slot.running < self._slots_per_worker]
-            if free:
-                slot = min(free, key=lambda slot: slot.running)
-                slot.running += 1
-                return slot
-            self._dispatch.release()  # the worker was lost after the place had been granted; the limit is lower now
+    async def _free_slot(self, rollouts: Sequence[Rollout]) -> _Slot:
+        """The least busy worker, with this call counted in."""
+        self._queued += len(rollouts)
+        try:
+            while True:
+                await self._wait_for_place(rollouts)
+                free = [slot for slot in self._slots if not slot.lost and slot.calls < self._slots_per_worker]
+                if free:
+                    slot = min(free, key=lambda slot: slot.running)
+                    slot.calls += 1
+                    slot.running += len(rollouts)
+                    return slot
+                self._dispatch.release()  # its worker was lost after it had been granted; the limit is lower now
+        finally:
+            self._queued -= len(rollouts)
 
-    async def _wait_for(self, limiter: Limiter, rollout: Rollout) -> None:
-        """Acquire, for as long as calls keep ending: each ends within `call_timeout_s`."""
+    async def _wait_for_place(self, rollouts: Sequence[Rollout]) -> None:
+        """For as long as calls keep ending: each ends within its `call_timeout_s`."""
         while True:
             ended = self._ended_calls
             states = ", ".join(f"{s.name}: {'lost' if s.lost else f'{s.running} running'}" for s in self._slots)
-            what = f"rollout {rollout.group_id}/{rollout.index}: no reward worker became free; they were {states}"
+            what = f"group {rollouts[0].group_id}: no reward worker became free; they were {states}"
+            longest = max(len(rollouts), *(slot.running for slot in self._slots))
             try:
-                async with deadline(2 * self._call_timeout_s, what):
-                    return await limiter.acquire()
+                async with deadline(2 * self._call_timeout_s(longest), what):
+                    return await self._dispatch.acquire()
             except DeadlineError:
                 if ended == self._ended_calls:
                     raise
@@ -220,7 +224,7 @@ class RewardPool:
         try:
             if self._restart_worker is None:
                 raise ReplicaLostError(f"reward worker {slot.name!r} is lost and nothing restarts it")
-            async with deadline(self._call_timeout_s, f"restarting reward worker {slot.name!r}"):
+            async with deadline(self._call_timeout_s(1), f"restarting reward worker {slot.name!r}"):
                 slot.worker = await self._restart_worker(slot.name)
         except (ReplicaLostError, DeadlineError) as error:
             if all(other.lost for other in self._slots):

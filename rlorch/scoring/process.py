@@ -1,9 +1,9 @@
 """One child process that runs reward plug-ins, as its parent sees it.
 
-States: loading -> idle <-> busy -> gone. `loaded` and `gone` are futures; `ask` makes it busy until the answer of that
-request is in. An answer that nobody waits for any more is dropped by its id. `kill` ends the process and all its
-descendants (`rlorch.scoring.child`) and returns at once; if they are not gone after a grace period they are killed
-from here.
+States: loading -> idle <-> busy -> gone. `loaded` and `gone` are futures; `ask` makes it busy until every rollout it
+was sent is answered. A caller that leaves early drops the rest, and the process is busy until it has confirmed that:
+what it says in between is for nobody. `kill` ends the process and all its descendants (`rlorch.scoring.child`) and
+returns at once; if they are not gone after a grace period they are killed from here.
 
 Nothing here depends on signals, on threads or on forking the parent: it works inside a Ray actor.
 """
@@ -15,12 +15,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rlorch.scoring.wire import Message, Unpacker, pack
+from rlorch.scoring.wire import Message, PackedRollout, Unpacker, pack, to_stream
 from rlorch.specs import RewardSpec
 
 # How long the supervisor may take to end its descendants before the parent does it.
@@ -34,6 +34,15 @@ _ENVIRONMENT = {
 }
 
 
+@dataclass(slots=True)
+class _Call:
+    """Rollouts that were sent. `owed` are the ids without an answer, the last one first; `heard` gets what comes."""
+
+    owed: list[int]
+    heard: Callable[[Message], bool]
+    done: "asyncio.Future[bool]"
+
+
 class RewardProcess:
     """A started child; make one with `spawn`."""
 
@@ -43,13 +52,11 @@ class RewardProcess:
         self.loaded: asyncio.Future[Message | None] = loop.create_future()
         self.gone: asyncio.Future[str] = loop.create_future()
         self.busy_until = 0.0
-        self.term = 0
         self._popen = popen
         self._worker_pid: int | None = None
-        self._next_id = 0
-        self._answer: asyncio.Future[Message | None] | None = None
+        self._call: _Call | None = None
+        self._dropped: asyncio.Future[None] | None = None
         self._end: str | None = None
-        self._on_term: Callable[[int], None] | None = None
         self._force: asyncio.TimerHandle | None = None
         self._wire: asyncio.Transport | None = None
         self._lifeline: asyncio.Transport | None = None
@@ -83,32 +90,36 @@ class RewardProcess:
     @property
     def idle(self) -> bool:
         """Whether it has loaded, lives, and owes no answer."""
-        return self.loaded.done() and not self.gone.done() and self._answer is None
+        return self.loaded.done() and not self.gone.done() and self._call is None and self._dropped is None
 
-    async def ask(
-        self, rollout: Mapping[str, Any], busy_until: float, on_term: Callable[[int], None]
-    ) -> Message | None:
-        """Send a rollout to an idle process and wait for its answer; None when the process ends first.
+    async def ask(self, packed: Sequence[PackedRollout], heard: Callable[[Message], bool]) -> bool:
+        """Send rollouts to an idle process and wait until all are answered; False when the process ends first.
 
-        `on_term(k)` is called when term k begins. The caller sets the deadline. When the caller is cancelled the
-        process stays busy with this request, until `busy_until` at the latest: see `settled`.
-        Raises TypeError or ValueError, and stays idle, for a rollout that JSON cannot hold.
+        `heard` is called with each `{id, term}` and `{id, verdict}` as it comes, in the order of `packed`, and says
+        whether to go on. The caller sets the deadline, and says in `busy_until` how long the rollout that runs may
+        go on after the caller is cancelled: see `settled`.
         """
-        assert self.idle, "one rollout at a time"
+        assert self.idle, "one call at a time"
         assert self._wire is not None, "spawned"
-        message = pack({"id": self._next_id, "rollout": rollout})
-        answer = self._answer = asyncio.get_running_loop().create_future()
-        self._on_term, self.busy_until, self.term = on_term, busy_until, 0
-        self._wire.write(message)
+        owed = [one.id for one in reversed(packed)]
+        call = self._call = _Call(owed, heard, asyncio.get_running_loop().create_future())
+        self._wire.writelines(to_stream(packed))
         try:
-            return await asyncio.shield(answer)
+            return await call.done
         finally:
-            self._on_term = None
+            if self._call is call:
+                self._drop()
 
     async def settled(self) -> None:
-        """Wait until the answer that is still owed to a cancelled caller has come, or the process has gone."""
-        if self._answer is not None:
-            await asyncio.shield(self._answer)
+        """Wait until the rollouts of a caller that left are done or dropped, or the process has gone."""
+        if self._dropped is not None:
+            await asyncio.shield(self._dropped)
+
+    def _drop(self) -> None:
+        assert self._wire is not None, "spawned"
+        self._call = None
+        self._dropped = asyncio.get_running_loop().create_future()
+        self._wire.write(pack({"drop": True}))
 
     def kill(self) -> None:
         """End the process and its descendants. Idempotent; `gone` says when."""
@@ -128,25 +139,33 @@ class RewardProcess:
         self.kill()
 
     def _received(self, message: Message) -> None:
-        if "id" not in message:
+        """Raises ValueError for what the loop of the worker does not say."""
+        if "id" in message:
+            self._heard(message)
+        elif "dropped" in message:
+            self._settle()
+        elif not self.loaded.done():
             self._worker_pid = message.get("pid")
-            if not self.loaded.done():
-                self.loaded.set_result(message)
-        elif message["id"] != self._next_id or self._answer is None:
-            return
-        elif "term" in message:
-            self.term = message["term"]
-            if self._on_term is not None:
-                self._on_term(self.term)
-        else:
-            self._settle(message)
+            self.loaded.set_result(message)
 
-    def _settle(self, message: Message | None) -> None:
-        if self._answer is not None:
-            if not self._answer.done():
-                self._answer.set_result(message)
-            self._answer = None
-            self._next_id += 1
+    def _heard(self, message: Message) -> None:
+        call = self._call
+        if call is None or call.done.done():  # its caller has left
+            return
+        if message["id"] != call.owed[-1]:
+            raise ValueError(f"answer {message['id']!r:.50} where {call.owed[-1]} was asked for")
+        if "verdict" in message:
+            call.owed.pop()
+        goes_on = call.heard(message)
+        if not goes_on or not call.owed:
+            call.done.set_result(goes_on)
+            if not call.owed:
+                self._call = None
+
+    def _settle(self) -> None:
+        if self._dropped is not None and not self._dropped.done():
+            self._dropped.set_result(None)
+        self._dropped = None
 
     def _ended(self) -> None:
         try:
@@ -165,7 +184,10 @@ class RewardProcess:
     def _finish(self) -> None:
         if not self.loaded.done():
             self.loaded.set_result(None)
-        self._settle(None)
+        if self._call is not None and not self._call.done.done():
+            self._call.done.set_result(False)
+        self._call = None
+        self._settle()
         if self._wire is not None:
             self._wire.close()
 
@@ -210,12 +232,10 @@ class _Wire(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            messages = self._unpacker.feed(data)
+            for message in self._unpacker.feed(data):
+                self._received(message)
         except ValueError as error:
             self._broken(str(error))
-            return
-        for message in messages:
-            self._received(message)
 
 
 class _Lifeline(asyncio.Protocol):

@@ -1,20 +1,26 @@
-"""The loop of a worker process: load the plug-ins, then answer one rollout at a time.
+"""The loop of a worker process: load the plug-ins, then answer rollouts, one at a time, in the order they came.
 
     <- {terms: [{plugin, weight, options}], memory_mb}
     -> {ready: [{name, timeout_s}], pid}     or {error, kind} and the end
-    <- {id, rollout}
-    -> {id, term: k} before each term k      then {id, verdict}
+    <- {prompt}, {id, rollout}, {id, rollout} ...   a rollout's prompt is the last one before it
+    -> {id, term: k} before term k, where a term can have a budget of its own, then {id, verdict} at once
+    <- {drop}                                what has come and has not begun is forgotten
+    -> {dropped}
 
-Nothing that a plug-in raises ends the loop. User code prints to the log: the wire is a file descriptor of its own.
+After a rollout that ran out of memory nothing more is answered: the state of the process cannot be trusted. Nothing
+that a plug-in raises ends the loop. User code prints to the log: the wire is a file descriptor of its own.
 """
 
 import inspect
 import os
 import resource
 import socket
+import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
+from collections import deque
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from rlorch.errors import RlorchError
@@ -31,8 +37,10 @@ _RECV_BYTES = 1 << 18
 def serve(wire_fd: int) -> None:
     """Serve until the other side closes the wire."""
     with socket.socket(fileno=wire_fd) as wire:
-        messages = _messages(wire)
-        order = next(messages)
+        inbox = _Inbox(wire)
+        order = inbox.take()
+        if order is None:
+            return
         try:
             if order["memory_mb"] is not None:
                 _limit_memory(order["memory_mb"])
@@ -44,16 +52,54 @@ def serve(wire_fd: int) -> None:
             return
         ready = [{"name": term.name, "timeout_s": term.timeout_s} for term in terms]
         wire.sendall(pack({"ready": ready, "pid": os.getpid()}))
-        run = _AsyncRunner()
-        for message in messages:
-            verdict = _score(terms, message, wire, run)
-            wire.sendall(pack({"id": message["id"], "verdict": verdict_to_json(verdict)}))
+        _answer(inbox, terms, wire)
 
 
-def _messages(wire: socket.socket) -> Iterator[Message]:
-    unpacker = Unpacker()
-    while data := wire.recv(_RECV_BYTES):
-        yield from unpacker.feed(data)
+def _answer(inbox: "_Inbox", terms: list[RewardTermCall], wire: socket.socket) -> None:
+    run = _AsyncRunner()
+    tells_terms = len(terms) > 1 or terms[0].timeout_s is not None
+    prompt: Message = {}
+
+    def begin(place: int, term: int) -> None:
+        if tells_terms:
+            wire.sendall(pack({"id": place, "term": term}))
+
+    while (message := inbox.take()) is not None:
+        if "prompt" in message:
+            prompt = message["prompt"]
+            continue
+        started = time.perf_counter()
+        rollout = rollout_from_json(message["rollout"], prompt)
+        verdict = _score(terms, rollout, partial(begin, message["id"]), run)
+        verdict = replace(verdict, seconds=time.perf_counter() - started)
+        wire.sendall(pack({"id": message["id"], "verdict": verdict_to_json(verdict)}))
+        if verdict.failure == "memory":
+            return
+
+
+class _Inbox:
+    """What the parent has sent and is not yet done. It looks at the wire before each message, so a drop is quick."""
+
+    def __init__(self, wire: socket.socket) -> None:
+        self._wire = wire
+        self._unpacker = Unpacker()
+        self._waiting: deque[Message] = deque()
+
+    def take(self) -> Message | None:
+        """The next message, waiting for one; None when the parent has closed the wire."""
+        while True:
+            try:
+                data = self._wire.recv(_RECV_BYTES, socket.MSG_DONTWAIT if self._waiting else 0)
+            except BlockingIOError:
+                return self._waiting.popleft()
+            if not data:
+                return None
+            for message in self._unpacker.feed(data):
+                if "drop" in message:
+                    self._waiting.clear()
+                    self._wire.sendall(pack({"dropped": True}))
+                else:
+                    self._waiting.append(message)
 
 
 def _limit_memory(memory_mb: int) -> None:
@@ -80,11 +126,10 @@ def _load_error(error: BaseException, memory_mb: int | None) -> Message:
     return {"error": text, "kind": type(error).__name__}
 
 
-def _score(terms: list[RewardTermCall], message: Message, wire: socket.socket, run: "_AsyncRunner") -> Verdict:
-    rollout = rollout_from_json(message["rollout"])
+def _score(terms: list[RewardTermCall], rollout: Rollout, begin: Callable[[int], None], run: "_AsyncRunner") -> Verdict:
     done: list[tuple[RewardTermCall, Verdict]] = []
     for index, term in enumerate(terms):
-        wire.sendall(pack({"id": message["id"], "term": index}))
+        begin(index)
         verdict = _call(term, rollout, run)
         done.append((term, verdict))
         if verdict.failure is not None:

@@ -1,8 +1,12 @@
-"""How a rollout reaches the process that scores it, and how the verdict comes back.
+"""How rollouts reach the process that scores them, and how the verdicts come back.
 
 A message is a 4-byte big-endian length and that many bytes of ASCII JSON. Arrays travel as base64 of their
 little-endian bytes, so that every bit of them arrives. The standard library's JSON is used because dataset rows hold
 integers of more than 64 bits (reasoning_gym), NaN and unpaired surrogates, which faster codecs refuse.
+
+The rollouts of a call are packed once and written at once: a prompt, the rollouts that share it, the next prompt. What
+is packed serves again when the rest of a call moves to another process. The reader makes a prompt and a row of its
+own for each rollout, so that a plug-in that changes its row changes no other rollout's.
 
 A row arrives as JSON has it: tuples are lists and keys are strings. Reading is strict: a message that does not have
 exactly the expected fields raises `ValueError`.
@@ -11,24 +15,26 @@ exactly the expected fields raises `ValueError`.
 import base64
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlorch.types import Completion, Prompt, Rollout, Turn, Verdict, VersionSpan
+from rlorch.types import Completion, Prompt, Rollout, Tokens, Turn, Verdict, VersionSpan
 
 Message = dict[str, Any]
 
 # A rollout of a million tokens is 11 MB; more than this is a desynchronised stream.
 MAX_MESSAGE_BYTES = 1 << 28
 _LENGTH = struct.Struct(">I")
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def pack(message: Mapping[str, Any]) -> bytes:
     """One framed message. Raises TypeError or ValueError for what JSON cannot hold."""
-    body = json.dumps(message, separators=(",", ":")).encode("ascii")
+    body = _to_json(message).encode("ascii")
     if len(body) > MAX_MESSAGE_BYTES:
         raise ValueError(f"a message of {len(body)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
     return _LENGTH.pack(len(body)) + body
@@ -40,10 +46,10 @@ class Unpacker:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> list[Message]:
-        """Add what arrived; returns the messages that are now whole. Raises ValueError on a broken stream."""
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """Add what arrived and yield the messages that are now whole. Raises ValueError where the stream is broken,
+        after the messages before that."""
         self._buffer += data
-        messages: list[Message] = []
         while len(self._buffer) >= _LENGTH.size:
             (size,) = _LENGTH.unpack_from(self._buffer)
             if size > MAX_MESSAGE_BYTES:
@@ -55,25 +61,77 @@ class Unpacker:
             del self._buffer[:end]
             if not isinstance(body, dict):
                 raise ValueError(f"a message must be an object, not {type(body).__name__}")
-            messages.append(cast(Message, body))
-        return messages
+            yield cast(Message, body)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRollout:
+    """A rollout as framed messages. `id` is its place in the call; rollouts of one prompt hold the same `prompt`."""
+
+    id: int
+    prompt: bytes
+    rollout: bytes
+
+
+def pack_rollouts(rollouts: Sequence[Rollout]) -> tuple[PackedRollout | Verdict, ...]:
+    """The rollouts of a call, in order; the failure `invalid` where JSON cannot hold one."""
+    prompts: dict[int, bytes] = {}
+
+    def pack_one(place: int, rollout: Rollout) -> PackedRollout | Verdict:
+        prompt = rollout.prompt
+        try:
+            if id(prompt) not in prompts:
+                prompts[id(prompt)] = pack({"prompt": prompt_to_json(prompt)})
+            message = pack({"id": place, "rollout": rollout_to_json(rollout)})
+        except (TypeError, ValueError) as error:
+            return Verdict(failure="invalid", detail=f"the rollout or its row is not JSON: {error}")
+        return PackedRollout(place, prompts[id(prompt)], message)
+
+    return tuple(pack_one(place, rollout) for place, rollout in enumerate(rollouts))
+
+
+def to_stream(packed: Sequence[PackedRollout]) -> list[bytes]:
+    """What to write, piece by piece: a prompt is there once for all rollouts in a row that share it."""
+    pieces: list[bytes] = []
+    prompt: bytes | None = None
+    for one in packed:
+        if one.prompt is not prompt:
+            prompt = one.prompt
+            pieces.append(prompt)
+        pieces.append(one.rollout)
+    return pieces
+
+
+def prompt_to_json(prompt: Prompt) -> Message:
+    """A JSON-serialisable form of a prompt. The row is JSON in a string: read again for each rollout."""
+    return {
+        "ordinal": prompt.ordinal,
+        "text": prompt.text,
+        "tokens": _array_to_json(prompt.tokens_T, "<i4"),
+        "row": _to_json(dict(prompt.row)),
+    }
+
+
+def prompt_from_json(value: Message) -> Prompt:
+    """The inverse of `prompt_to_json`. Raises ValueError."""
+    ordinal, text, tokens, row = _fields(value, "ordinal", "text", "tokens", "row")
+    return Prompt(ordinal, text, _array_from_json(tokens, "<i4"), json.loads(row))
 
 
 def rollout_to_json(rollout: Rollout) -> Message:
-    """A JSON-serialisable form of a rollout, without its verdict."""
-    prompt = rollout.prompt
+    """A JSON-serialisable form of a rollout, without its verdict and its prompt.
+
+    A context that is the prompt's own tokens, as that of the first turn, is null.
+    """
+    prompt_T = rollout.prompt.tokens_T
     return {
         "group_id": rollout.group_id,
         "index": rollout.index,
-        "prompt": {
-            "ordinal": prompt.ordinal,
-            "text": prompt.text,
-            "tokens": _array_to_json(prompt.tokens_T, "<i4"),
-            "row": dict(prompt.row),
-        },
         "turns": [
             {
-                "context": _array_to_json(turn.context_T, "<i4"),
+                "context": None
+                if turn.context_T is prompt_T or np.array_equal(turn.context_T, prompt_T)
+                else _array_to_json(turn.context_T, "<i4"),
                 "tokens": _array_to_json(turn.completion.tokens_T, "<i4"),
                 "logprobs": _array_to_json(turn.completion.logprobs_T, "<f4"),
                 "finish_reason": turn.completion.finish_reason,
@@ -86,20 +144,14 @@ def rollout_to_json(rollout: Rollout) -> Message:
     }
 
 
-def rollout_from_json(value: Message) -> Rollout:
-    """The inverse of `rollout_to_json`. Raises ValueError."""
-    group_id, index, prompt, turns, text = _fields(value, "group_id", "index", "prompt", "turns", "text")
-    ordinal, prompt_text, prompt_tokens, row = _fields(prompt, "ordinal", "text", "tokens", "row")
-    return Rollout(
-        group_id,
-        index,
-        Prompt(ordinal, prompt_text, _array_from_json(prompt_tokens, "<i4"), row),
-        tuple(_turn_from_json(turn) for turn in turns),
-        text,
-    )
+def rollout_from_json(value: Message, prompt: Message) -> Rollout:
+    """The inverse of `rollout_to_json` and `prompt_to_json`. Raises ValueError."""
+    group_id, index, turns, text = _fields(value, "group_id", "index", "turns", "text")
+    own = prompt_from_json(prompt)
+    return Rollout(group_id, index, own, tuple(_turn_from_json(turn, own.tokens_T) for turn in turns), text)
 
 
-def _turn_from_json(value: Message) -> Turn:
+def _turn_from_json(value: Message, prompt_T: Tokens) -> Turn:
     context, tokens, logprobs, finish_reason, spans, queue_s = _fields(
         value, "context", "tokens", "logprobs", "finish_reason", "spans", "queue_s"
     )
@@ -109,22 +161,23 @@ def _turn_from_json(value: Message) -> Turn:
     completion = Completion(
         tokens_T, logprobs_T, finish_reason, tuple(VersionSpan(*span) for span in spans), float(queue_s)
     )
-    return Turn(_array_from_json(context, "<i4"), completion)
+    return Turn(prompt_T if context is None else _array_from_json(context, "<i4"), completion)
 
 
 def verdict_to_json(verdict: Verdict) -> Message:
-    """A JSON-serialisable form of a verdict; its seconds are measured by the receiver."""
+    """A JSON-serialisable form of a verdict."""
     return {
         "score": None if verdict.score is None else float(verdict.score),
         "failure": verdict.failure,
         "detail": verdict.detail,
         "parts": {name: float(part) for name, part in verdict.parts.items()},
+        "seconds": verdict.seconds,
     }
 
 
-def verdict_from_json(value: Message, seconds: float) -> Verdict:
+def verdict_from_json(value: Message) -> Verdict:
     """The inverse of `verdict_to_json`. Raises ValueError."""
-    score, failure, detail, parts = _fields(value, "score", "failure", "detail", "parts")
+    score, failure, detail, parts, seconds = _fields(value, "score", "failure", "detail", "parts", "seconds")
     return Verdict(score, failure, detail, parts, seconds)
 
 

@@ -1,24 +1,27 @@
 """The reward worker: a child process under a time and memory budget, replaced whenever it exceeds one.
 
-Per rollout: wait for an idle process, send, wait for the verdict or the deadline. The budget starts when the rollout
-is sent to an idle process, so neither start-up nor an earlier rollout counts against it. On expiry the process and
-all its descendants are killed with SIGKILL, and the verdict is the failure `timeout`; a process that ends by itself
-is a `crash`; one that ran out of memory is replaced, because its state cannot be trusted.
+Per call: wait for an idle process, send it all rollouts at once, and take the verdicts as they come. The budget is per
+rollout: it starts anew with each verdict, so neither start-up nor an earlier rollout counts against it. On expiry the
+process and all its descendants are killed with SIGKILL, and the verdict is the failure `timeout`; a process that ends
+by itself is a `crash`; one that ran out of memory is replaced, because its state cannot be trusted. The rollouts that
+have no verdict yet go to the next process.
 
 From the first kill on, a second process is kept loaded, so that the next kill costs no start-up.
 
-Invariants: one rollout at a time is in the process; every wait has a deadline; a cancelled `score` leaves the worker
-usable (its answer is dropped by id, within its budget); nothing that a plug-in does raises out of `score`.
+Invariants: the process runs one rollout at a time, in order; every wait has a deadline; a cancelled `score` leaves
+the worker usable (the rollout that runs may use up its budget, the rest is dropped); nothing that a plug-in does
+raises out of `score`.
 """
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from rlorch.aio import deadline
 from rlorch.errors import DeadlineError, PluginError, ReplicaLostError, RlorchError, ShadowedPackageError
 from rlorch.scoring.process import KILL_GRACE_S, RewardProcess
-from rlorch.scoring.wire import Message, rollout_to_json, verdict_from_json
+from rlorch.scoring.wire import Message, PackedRollout, pack_rollouts, verdict_from_json
 from rlorch.specs import RewardSpec
 from rlorch.types import Rollout, Verdict
 
@@ -50,21 +53,21 @@ class ProcessRewardWorker:
         async with self._turn:
             await self._loaded()
 
-    async def score(self, rollout: Rollout) -> Verdict:
+    async def score(self, rollouts: Sequence[Rollout]) -> tuple[Verdict, ...]:
         """See `RewardWorker.score`. Concurrent calls take turns, in order.
 
         Raises:
             ReplicaLostError: the process could not be restarted, or the worker is closed.
         """
-        content = rollout_to_json(rollout)
+        packed = pack_rollouts(rollouts)
+        left = [one for one in packed if isinstance(one, PackedRollout)]
+        verdicts: list[Verdict] = []
         async with self._turn:
-            try:
-                process = await self._loaded()
-            except ReplicaLostError:
-                raise
-            except RlorchError as error:
-                raise ReplicaLostError(f"reward worker {self._name!r} cannot be restarted: {error}") from error
-            return await self._ask(process, content)
+            while len(verdicts) < len(left):
+                process = await self._ready()
+                verdicts += await self._ask(process, left[len(verdicts) :])
+        in_order = iter(verdicts)
+        return tuple(one if isinstance(one, Verdict) else next(in_order) for one in packed)
 
     async def close(self) -> None:
         """Kill the processes and wait until they are gone, a few seconds at most. Idempotent."""
@@ -91,40 +94,39 @@ class ProcessRewardWorker:
     ) -> None:
         await self.close()
 
-    async def _ask(self, process: RewardProcess, content: Message) -> Verdict:
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        end = started + self._spec.timeout_s
-        budgets = self._term_budgets(process)
-        scope = asyncio.timeout_at(end)
+    async def _ask(self, process: RewardProcess, packed: Sequence[PackedRollout]) -> list[Verdict]:
+        """The verdicts of the first of `packed`: of all, or up to the one that the process did not survive."""
+        verdicts: list[Verdict] = []
+        budget = _Budget(process, self._spec.timeout_s)
 
-        def on_term(index: int) -> None:
-            if not scope.expired():
-                scope.reschedule(min(end, loop.time() + budgets[index][1]))
+        def heard(message: Message) -> bool:
+            if "term" in message:
+                budget.begin_term(message["term"])
+                return True
+            verdicts.append(verdict_from_json(message["verdict"]))
+            budget.begin_rollout()
+            return verdicts[-1].failure != "memory"
 
         try:
-            async with scope:
-                answer = await process.ask(content, end, on_term)
+            async with budget.scope:
+                budget.begin_rollout()
+                if await process.ask(packed, heard):
+                    return verdicts
         except TimeoutError:
-            name, budget_s = budgets[process.term]
-            verdict = Verdict(
-                failure="timeout",
-                detail=f"{name}: no score within {min(budget_s, self._spec.timeout_s):g} s; its process was killed",
-                seconds=loop.time() - started,
-            )
-        except (TypeError, ValueError) as error:
-            return Verdict(failure="invalid", detail=f"the rollout's row is not JSON: {error}")
+            verdicts.append(budget.timeout())
         else:
-            seconds = loop.time() - started
-            if answer is not None:
-                verdict = verdict_from_json(answer["verdict"], seconds)
-                if verdict.failure != "memory":
-                    return verdict
-            else:
-                detail = f"{budgets[process.term][0]}: its process {process.gone.result()}"
-                verdict = Verdict(failure="crash", detail=detail, seconds=seconds)
+            if not verdicts or verdicts[-1].failure != "memory":
+                verdicts.append(budget.crash(process.gone.result()))
         await self._replace(process)
-        return verdict
+        return verdicts
+
+    async def _ready(self) -> RewardProcess:
+        try:
+            return await self._loaded()
+        except ReplicaLostError:
+            raise
+        except RlorchError as error:
+            raise ReplicaLostError(f"reward worker {self._name!r} cannot be restarted: {error}") from error
 
     async def _loaded(self) -> RewardProcess:
         """A process that is loaded and idle: the present one, the spare, or a new one."""
@@ -201,7 +203,41 @@ class ProcessRewardWorker:
             process.gone.add_done_callback(lambda _: self._dying.discard(process))
             process.kill()
 
-    def _term_budgets(self, process: RewardProcess) -> list[tuple[str, float]]:
+
+class _Budget:
+    """What a process may take for the rollout that it runs, and for the term in it where that has less."""
+
+    def __init__(self, process: RewardProcess, timeout_s: float) -> None:
         loaded = process.loaded.result()
         assert loaded is not None, "idle"
-        return [(term["name"], term["timeout_s"] or self._spec.timeout_s) for term in loaded["ready"]]
+        self.scope = asyncio.timeout_at(None)
+        self._process = process
+        self._timeout_s = timeout_s
+        self._terms = [(term["name"], min(term["timeout_s"] or timeout_s, timeout_s)) for term in loaded["ready"]]
+        self._loop = asyncio.get_running_loop()
+        self._started = 0.0
+        self._term = 0
+
+    def begin_rollout(self) -> None:
+        """The next rollout has the whole budget."""
+        self._started = self._loop.time()
+        self.begin_term(0)
+
+    def begin_term(self, term: int) -> None:
+        """The term has its own budget, within what is left of the rollout's."""
+        self._term = term
+        until = min(self._started + self._timeout_s, self._loop.time() + self._terms[term][1])
+        self._process.busy_until = until
+        if not self.scope.expired():
+            self.scope.reschedule(until)
+
+    def timeout(self) -> Verdict:
+        """The verdict of a rollout that used it up."""
+        name, budget_s = self._terms[self._term]
+        detail = f"{name}: no score within {budget_s:g} s; its process was killed"
+        return Verdict(failure="timeout", detail=detail, seconds=self._loop.time() - self._started)
+
+    def crash(self, end: str) -> Verdict:
+        """The verdict of a rollout during which the process came to its `end`."""
+        detail = f"{self._terms[self._term][0]}: its process {end}"
+        return Verdict(failure="crash", detail=detail, seconds=self._loop.time() - self._started)

@@ -12,6 +12,8 @@ from rlorch.scoring.wire import (
     MAX_MESSAGE_BYTES,
     Unpacker,
     pack,
+    prompt_from_json,
+    prompt_to_json,
     rollout_from_json,
     rollout_to_json,
     verdict_from_json,
@@ -69,8 +71,9 @@ def bits(rollout: Rollout) -> list[Any]:
 
 @given(rollouts())
 def test_a_rollout_arrives_as_it_was_sent(rollout: Rollout) -> None:
-    (message,) = Unpacker().feed(pack({"id": 1, "rollout": rollout_to_json(rollout)}))
-    arrived = rollout_from_json(message["rollout"])
+    sent = pack({"prompt": prompt_to_json(rollout.prompt)}) + pack({"id": 1, "rollout": rollout_to_json(rollout)})
+    prompt, message = Unpacker().feed(sent)
+    arrived = rollout_from_json(message["rollout"], prompt["prompt"])
     assert bits(arrived) == bits(rollout)
     assert arrived.turns[0].completion.logprobs_T.dtype == np.float32
 
@@ -85,17 +88,21 @@ def test_messages_are_found_however_the_stream_is_cut(messages: list[dict[str, i
 
 @pytest.mark.parametrize("stream", [b"\xff\xff\xff\xff", b"\x00\x00\x00\x02[]", b"\x00\x00\x00\x03{a}"])
 def test_a_stream_that_is_not_messages_is_an_error(stream: bytes) -> None:
+    found: list[Any] = []
     with pytest.raises(ValueError):
-        Unpacker().feed(stream)
+        found.extend(iter(Unpacker().feed(pack({"id": 1}) + stream)))
+    assert found == [{"id": 1}]  # what came before is not lost
     assert MAX_MESSAGE_BYTES < 0xFFFFFFFF
 
 
 def test_a_rollout_with_a_missing_or_an_extra_field_is_refused(make_rollout: Any) -> None:
-    message = rollout_to_json(make_rollout())
+    message, prompt = rollout_to_json(make_rollout()), prompt_to_json(make_rollout().prompt)
     with pytest.raises(ValueError, match="group_id"):
-        rollout_from_json({key: value for key, value in message.items() if key != "text"})
+        rollout_from_json({key: value for key, value in message.items() if key != "text"}, prompt)
     with pytest.raises(ValueError, match="group_id"):
-        rollout_from_json({**message, "verdict": None})
+        rollout_from_json({**message, "verdict": None}, prompt)
+    with pytest.raises(ValueError, match="ordinal"):
+        prompt_from_json({**prompt, "more": 1})
 
 
 def test_log_probs_of_another_length_are_refused(make_rollout: Any) -> None:
@@ -103,12 +110,12 @@ def test_log_probs_of_another_length_are_refused(make_rollout: Any) -> None:
     turn = rollout.turns[0]
     wrong = replace(turn, completion=replace(turn.completion, logprobs_T=np.zeros(2, np.float32)))
     with pytest.raises(ValueError, match="3 tokens has 2 log-probs"):
-        rollout_from_json(rollout_to_json(replace(rollout, turns=(wrong,))))
+        rollout_from_json(rollout_to_json(replace(rollout, turns=(wrong,))), prompt_to_json(rollout.prompt))
 
 
 @pytest.mark.parametrize(
-    "verdict", [Verdict(0.1 + 0.2, parts={"a": 1 / 3}), Verdict(failure="raised", detail="é\ud800")]
+    "verdict", [Verdict(0.1 + 0.2, parts={"a": 1 / 3}, seconds=0.5), Verdict(failure="raised", detail="é\ud800")]
 )
 def test_a_verdict_arrives_as_it_was_sent(verdict: Verdict) -> None:
     (message,) = Unpacker().feed(pack(verdict_to_json(verdict)))
-    assert verdict_from_json(message, 0.5) == replace(verdict, seconds=0.5)
+    assert verdict_from_json(message) == verdict

@@ -16,7 +16,7 @@ import pytest
 from rlorch.errors import DeadlineError, PluginError, ReplicaLostError, ShadowedPackageError
 from rlorch.scoring.worker import ProcessRewardWorker
 from rlorch.specs import RewardSpec, RewardTerm
-from rlorch.types import Rollout
+from rlorch.types import Rollout, Verdict
 
 Make = Callable[..., Rollout]
 
@@ -141,6 +141,11 @@ def worker(plugins: str, tmp_path: Path) -> Callable[..., ProcessRewardWorker]:
     return make
 
 
+async def one(scorer: ProcessRewardWorker, rollout: Rollout) -> Verdict:
+    (verdict,) = await scorer.score([rollout])
+    return verdict
+
+
 def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -166,7 +171,7 @@ def wait_until_gone(pids: list[int], seconds: float = 10.0) -> list[int]:
 
 async def test_a_good_plugin_scores_and_its_time_is_measured(worker: Any, make_rollout: Make) -> None:
     async with worker("good") as scorer:
-        right, wrong = await scorer.score(make_rollout("4")), await scorer.score(make_rollout("5"))
+        right, wrong = await one(scorer, make_rollout("4")), await one(scorer, make_rollout("5"))
     assert (right.score, wrong.score) == (1.0, 0.0)
     assert right.parts == {"good": 1.0}
     assert 0 < right.seconds < 20
@@ -185,9 +190,9 @@ async def test_wrong_answers_are_failures_and_the_process_lives_on(
     worker: Any, make_rollout: Make, word: str, failure: str, said: str
 ) -> None:
     async with worker("by_word") as scorer:
-        verdict = await scorer.score(make_rollout(word))
+        verdict = await one(scorer, make_rollout(word))
         before = scorer._process
-        assert (await scorer.score(make_rollout("fine"))).score == 1.0
+        assert (await one(scorer, make_rollout("fine"))).score == 1.0
         assert scorer._process is before
     assert verdict.failure == failure
     assert re.search(said, verdict.detail)
@@ -211,8 +216,8 @@ async def test_whatever_ends_the_process_is_a_failure_and_the_next_rollout_is_sc
 ) -> None:
     async with worker("by_word", timeout_s=0.5, memory_mb=768) as scorer:
         first = scorer._process
-        verdict = await scorer.score(make_rollout(word))
-        after = await scorer.score(make_rollout("fine"))
+        verdict = await one(scorer, make_rollout(word))
+        after = await one(scorer, make_rollout("fine"))
         async with asyncio.timeout(10):
             await first.gone
     assert verdict.failure == failure
@@ -225,7 +230,7 @@ async def test_what_user_code_prints_goes_to_the_log_and_not_into_the_protocol(
     worker: Any, make_rollout: Make, tmp_path: Path
 ) -> None:
     async with worker("by_word") as scorer:
-        verdict = await scorer.score(make_rollout("print"))
+        verdict = await one(scorer, make_rollout("print"))
     log = (tmp_path / "log").read_text()
     assert verdict.score == 0.25
     assert [log.count(letter) for letter in "xyz"] == [500_000] * 3
@@ -237,7 +242,7 @@ async def test_a_timeout_kills_every_descendant_even_in_other_sessions(
     told = tmp_path / "told"
     async with worker("children", timeout_s=1.5) as scorer:
         first = scorer._process
-        verdict = await scorer.score(make_rollout(row={"told": str(told)}))
+        verdict = await one(scorer, make_rollout(row={"told": str(told)}))
         async with asyncio.timeout(10):
             await first.gone
     assert verdict.failure == "timeout"
@@ -259,7 +264,7 @@ async def main():
     spec = RewardSpec(terms=(RewardTerm(plugin=sys.argv[1] + ":" + sys.argv[3]),), timeout_s=600)
     async with ProcessRewardWorker(spec) as worker:
         print(worker._process._worker_pid, worker._process._popen.pid, flush=True)
-        await worker.score(Rollout(0, 0, prompt, (turn,), "loop"))
+        await worker.score([Rollout(0, 0, prompt, (turn,), "loop")])
 asyncio.run(main())
 """
 
@@ -290,7 +295,7 @@ async def test_async_functions_and_classes_are_plugins_too(worker: Any, make_rol
         RewardTerm(plugin=f"{plugins}:Counting", weight=0.0, options={"start": 0}),
     )
     async with worker(terms=terms) as scorer:
-        first, second = await scorer.score(make_rollout()), await scorer.score(make_rollout())
+        first, second = await one(scorer, make_rollout()), await one(scorer, make_rollout())
     assert first.score == pytest.approx(2 * 0.5 + 0.1 * 5)
     assert first.parts == {
         "later": 0.5, "Counting": 5.0, "Counting/twice": 10.0, "Counting#2": 1.0, "Counting#2/twice": 2.0
@@ -301,7 +306,7 @@ async def test_async_functions_and_classes_are_plugins_too(worker: Any, make_rol
 
 async def test_a_plugin_may_ask_for_a_shorter_budget_and_a_timeout_names_it(worker: Any, make_rollout: Make) -> None:
     async with worker("good", "slow_by_own_word") as scorer:
-        verdict = await scorer.score(make_rollout())
+        verdict = await one(scorer, make_rollout())
     assert verdict.failure == "timeout"
     assert verdict.detail.startswith("slow_by_own_word: no score within 0.3 s")
 
@@ -309,8 +314,8 @@ async def test_a_plugin_may_ask_for_a_shorter_budget_and_a_timeout_names_it(work
 async def test_the_start_of_a_new_process_is_not_charged_to_the_next_rollout(worker: Any, make_rollout: Make) -> None:
     async with worker("SlowToLoad", timeout_s=0.5) as scorer:
         for _ in range(2):
-            assert (await scorer.score(make_rollout("_exit"))).failure == "crash"
-            assert (await scorer.score(make_rollout("fine"))).score == 1.0
+            assert (await one(scorer, make_rollout("_exit"))).failure == "crash"
+            assert (await one(scorer, make_rollout("fine"))).score == 1.0
 
 
 async def test_a_cancelled_score_leaves_the_worker_usable_and_its_answer_is_dropped(
@@ -321,10 +326,10 @@ async def test_a_cancelled_score_leaves_the_worker_usable_and_its_answer_is_drop
         process = scorer._process
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.2):
-                await scorer.score(make_rollout("wait", {"file": str(gate)}))
+                await one(scorer, make_rollout("wait", {"file": str(gate)}))
         assert not process.idle
         gate.touch()
-        assert (await scorer.score(make_rollout("now"))).score == 1.0
+        assert (await one(scorer, make_rollout("now"))).score == 1.0
         assert scorer._process is process
 
 
@@ -335,21 +340,21 @@ async def test_a_cancelled_score_that_never_answers_is_killed_when_its_budget_is
         process = scorer._process
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.2):
-                await scorer.score(make_rollout("loop"))
-        assert (await scorer.score(make_rollout("fine"))).score == 1.0
+                await one(scorer, make_rollout("loop"))
+        assert (await one(scorer, make_rollout("fine"))).score == 1.0
         assert scorer._process is not process
 
 
 async def test_concurrent_scores_take_turns(worker: Any, make_rollout: Make) -> None:
     async with worker("good") as scorer, asyncio.TaskGroup() as group:
-        tasks = [group.create_task(scorer.score(make_rollout(str(index % 5)))) for index in range(50)]
+        tasks = [group.create_task(one(scorer, make_rollout(str(index % 5)))) for index in range(50)]
     assert [task.result().score for task in tasks] == [float(index % 5 == 4) for index in range(50)]
 
 
 async def test_a_row_that_json_cannot_hold_is_an_invalid_rollout(worker: Any, make_rollout: Make) -> None:
     async with worker("good") as scorer:
-        assert (await scorer.score(make_rollout(row={"answer": b"4"}))).failure == "invalid"
-        assert (await scorer.score(make_rollout())).score == 1.0
+        assert (await one(scorer, make_rollout(row={"answer": b"4"}))).failure == "invalid"
+        assert (await one(scorer, make_rollout())).score == 1.0
 
 
 @pytest.mark.parametrize(
@@ -388,28 +393,28 @@ async def test_a_process_that_cannot_be_restarted_is_a_lost_replica(
 ) -> None:
     terms = (RewardTerm(plugin=f"{plugins}:LoadsOnce", options={"file": str(tmp_path / "once")}),)
     async with worker(terms=terms) as scorer:
-        assert (await scorer.score(make_rollout())).failure == "crash"
+        assert (await one(scorer, make_rollout())).failure == "crash"
         with pytest.raises(ReplicaLostError, match="only once"):
-            await scorer.score(make_rollout())
+            await one(scorer, make_rollout())
 
 
 async def test_closing_ends_every_process_and_later_scores_are_refused(worker: Any, make_rollout: Make) -> None:
     scorer = worker("by_word", timeout_s=0.5)
     await scorer.start()
-    await scorer.score(make_rollout("loop"))  # now there is a spare as well
+    await one(scorer, make_rollout("loop"))  # now there is a spare as well
     pids = [process._worker_pid or process._popen.pid for process in (scorer._process, scorer._spare)]
     await scorer.close()
     await scorer.close()
     assert not [pid for pid in pids if is_alive(pid)]
     with pytest.raises(ReplicaLostError, match="closed"):
-        await scorer.score(make_rollout("fine"))
+        await one(scorer, make_rollout("fine"))
 
 
 async def test_closing_while_a_rollout_is_scored_ends_the_call(worker: Any, make_rollout: Make) -> None:
     scorer = worker("by_word")
     await scorer.start()
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
-        call = group.create_task(refused(scorer.score(make_rollout("loop"))))
+        call = group.create_task(refused(one(scorer, make_rollout("loop"))))
         await asyncio.sleep(0)
         assert scorer._process is not None
         assert not scorer._process.idle
@@ -424,13 +429,13 @@ async def refused(call: Any) -> bool:
 
 
 async def test_a_thousand_rollouts_cost_less_than_a_millisecond_each(worker: Any, make_rollout: Make) -> None:
-    rollout = make_rollout(num_tokens=200)
+    group = [make_rollout(num_tokens=200)] * 8
     loop = asyncio.get_running_loop()
     async with worker("good") as scorer:
         rounds: list[float] = []
         for _ in range(40):  # the best round: the machine may be busy with other work
             started = loop.time()
-            for _ in range(25):
-                await scorer.score(rollout)
-            rounds.append((loop.time() - started) / 25)
+            for _ in range(3):
+                await scorer.score(group)
+            rounds.append((loop.time() - started) / 24)
     assert min(rounds) < 1e-3
