@@ -96,7 +96,7 @@ def rl_config(root: Path, seed: int, *, shuffle_advantages: bool = False, **comm
         model=str(root / "sft" / "model"),
         run_dir=str(root / "rl"),
         seed=seed,
-        steps=60,
+        steps=40,
         data=DATA,
         held_out=HeldOutSpec(num_prompts=HELD_OUT),
         render=RENDER,
