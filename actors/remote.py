@@ -35,9 +35,6 @@ class Remote:
         try:
             async with deadline(timeout_s, f"{self.name}: {method} did not answer; {hint}"):
                 return await ref
-        except (asyncio.CancelledError, TimeoutError):
-            ray.cancel(ref)
-            raise
         except TaskCancelledError as error:
             raise AbortedError(f"{self.name}: {method} was cancelled") from error
         except RayTaskError as error:
@@ -45,6 +42,9 @@ class Remote:
             if isinstance(cause, RlorchError | ValueError):
                 raise cause from None
             raise RlorchError(f"{self.name}: {method} failed: {cause!r}\n{error}") from None
+        except (asyncio.CancelledError, TimeoutError):  # ours: a deadline of the actor's own is a RayTaskError
+            ray.cancel(ref)
+            raise
         except RayActorError as error:
             raise ReplicaLostError(f"{self.name}: the actor is gone ({_first_line(error)})") from None
         except RayError as error:
