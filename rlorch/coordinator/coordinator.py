@@ -365,7 +365,7 @@ class Coordinator:
                     self.failures.append(f"reward {rollout.verdict.failure}: {rollout.verdict.detail}")
         failed = reason is not None and reason.startswith(("reward_", "error_"))
         self._consecutive_failures = self._consecutive_failures + 1 if failed else 0
-        if self._consecutive_failures >= CONSECUTIVE_FAILED_GROUPS:
+        if self._consecutive_failures == CONSECUTIVE_FAILED_GROUPS:  # once: others may fail while the run ends
             kind = PluginError if reason and reason.startswith("reward_") else RlorchError
             raise kind(
                 f"{self._consecutive_failures} groups in a row failed ({reason}); the last: {self.failures[-1]}. "
