@@ -157,6 +157,7 @@ async def run(
     """
     rows = inputs or await asyncio.to_thread(prepare, config, resume=resume)
     tokenizer = runtime.tokenizer()
+    render_prompt(rows.train_rows[0], tokenizer, config.render)  # a wrong prompt_field, before the roles start
     run_dir = open_run_dir(run_path(config), config, resume=resume)
     with ExitStack() as closing:
         closing.enter_context(RunLogs(run_dir.path, "coordinator"))
