@@ -131,6 +131,11 @@ def test_holding_out_every_prompt_is_refused(run: Run, write_config: WriteConfig
     assert not untouched.exists()
 
 
+def test_a_prompt_field_that_rows_lack_is_refused(run: Run, write_config: WriteConfig, untouched: Path) -> None:
+    run("train", write_config(render={"prompt_field": "question"})).refused("no field 'question'", "prompt")
+    assert not untouched.exists()
+
+
 def test_a_resume_of_nothing_is_refused(run: Run, write_config: WriteConfig, untouched: Path) -> None:
     run("train", write_config(), "--resume").refused("holds no run to resume", "start it without --resume")
     assert not untouched.exists()
@@ -149,6 +154,11 @@ def test_a_gpu_that_is_not_there_is_refused(
         pytest.skip("this machine has a GPU")
     run("train", write_config(**{section: fields})).refused(part, "no GPU", "cpu")
     assert not untouched.exists()
+
+
+def test_tensor_parallelism_without_gpus_is_refused(run: Run, write_config: WriteConfig) -> None:
+    sampler = {"engine": "transformers", "max_model_len": 64, "tensor_parallel": 2}
+    run("train", write_config(sampler=sampler)).refused("sampler.tensor_parallel is 2", "set it to 1")
 
 
 # --- runs that stop with the cause ------------------------------------------------------------------------

@@ -1,0 +1,106 @@
+"""The sampler behind Ray keeps the engines' contract: weights, aborts, refusals and errors are those of the engine."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sampler_contract import LONG, MAX_NUM_SEQS, WAIT_S, SamplerContract, WeightsContract, contract_spec
+from sampler_world import World, prompt
+
+from rlorch.specs import RuntimeSpec, TrainerSpec
+from rlorch.types import CommitReport, Completion, EngineStats, Floats, Manifest, SamplingParams, Tokens
+
+pytestmark = [pytest.mark.ray, pytest.mark.engine]
+
+
+class RaySamplerAsEngine:
+    """A `SamplerEngine` over the sampler port of a `RayRuntime`, whose event loop runs in a thread of its own."""
+
+    def __init__(self, model: Path, run_dir: Path) -> None:
+        from actors.runtime import RayRuntime, devices
+        from rlorch.placement import adjusted, make_plan
+
+        spec = RuntimeSpec(
+            model=str(model),
+            run_dir=str(run_dir),
+            sampler=contract_spec("transformers"),
+            trainer=TrainerSpec(serve_dtype="float32"),
+            roles=("sampler",),
+        )
+        plan = make_plan(devices(), spec)
+        self._payloads = run_dir / "weights" / "payloads"
+        self._payloads.mkdir(parents=True)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="ports")
+        self._thread.start()
+        self._runtime = RayRuntime(adjusted(spec, plan), plan)
+        self._sampler = self._do(self._runtime.sampler("sampler-0"))
+
+    def submit(self, prompt_T: Tokens, params: SamplingParams, request_id: str) -> Future[tuple[Completion, ...]]:
+        return self._begin(self._sampler.sample(prompt_T, params, request_id))
+
+    def abort(self, request_id: str) -> None:
+        self._do(self._sampler.abort(request_id))
+
+    def score(self, tokens_T: Tokens) -> Future[Floats]:
+        return self._begin(self._sampler.score(tokens_T))
+
+    def load(self, updates: Sequence[tuple[Manifest, bytes]]) -> CommitReport:
+        for manifest, payload in updates:
+            self._put(manifest, payload)
+        return self._do(self._sampler.load([manifest for manifest, _ in updates]))
+
+    def stage(self, manifest: Manifest, payload: bytes) -> None:
+        self._put(manifest, payload)
+        self._do(self._sampler.stage(manifest))
+
+    def commit(self, version: int) -> CommitReport:
+        return self._do(self._sampler.commit(version))
+
+    def stats(self) -> EngineStats:
+        return self._do(self._sampler.stats())
+
+    def close(self) -> None:
+        self._do(self._runtime.stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(WAIT_S)
+        self._loop.close()
+
+    def _put(self, manifest: Manifest, payload: bytes) -> None:
+        """Not by the store's `put`, which would refuse the damaged payloads that the contract stages."""
+        (self._payloads / manifest.payload).write_bytes(payload)
+
+    def _begin(self, call: Coroutine[Any, Any, Any]) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(call, self._loop)
+
+    def _do(self, call: Coroutine[Any, Any, Any]) -> Any:
+        return self._begin(call).result(WAIT_S)
+
+
+class TestRaySampler(WeightsContract):
+    test_abort = SamplerContract.test_abort_fails_the_request_frees_its_rows_and_leaves_others_alone
+    test_a_bad_request_is_refused_and_harms_nobody = SamplerContract.test_a_bad_request_is_refused_and_harms_nobody
+    test_ids = SamplerContract.test_an_id_in_use_is_refused_and_may_be_used_again_afterwards
+
+    @pytest.fixture(scope="class")
+    def open_engine(
+        self, cluster: None, tmp_path_factory: pytest.TempPathFactory
+    ) -> Callable[[Path], RaySamplerAsEngine]:
+        return lambda directory: RaySamplerAsEngine(directory, tmp_path_factory.mktemp("run"))
+
+    def test_cancelling_a_sample_aborts_it_in_the_engine(self, engine: RaySamplerAsEngine, world: World) -> None:
+        long = engine.submit(prompt(1, 8), replace(LONG, n=5 * MAX_NUM_SEQS), "long")
+        while not engine.stats().running:
+            engine.score(prompt(0, 4)).result(WAIT_S)
+        long.cancel()
+        for _ in range(10):  # the cancellation is a message of its own: it may come after a score or two
+            engine.score(prompt(0, 4)).result(WAIT_S)
+            if not engine.stats().running:
+                break
+        assert (engine.stats().running, engine.stats().waiting) == (0, 0)
+        assert engine.submit(prompt(1, 8), SamplingParams(max_tokens=2), "long").result(WAIT_S)
