@@ -6,6 +6,7 @@ and ends all of them. Nothing else in rlorch imports Ray.
 
 import logging
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import ray
 from ray.actor import ActorClass
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rlorch.errors import PlacementError
 from rlorch.placement import Assignment, Devices, Gpu, Plan
 from rlorch.ports import Tokenizer, WeightStore
 from rlorch.specs import RuntimeSpec
@@ -25,11 +27,16 @@ from .trainer import RayReference, RayTrainer, ReferenceActor, TrainerActor
 
 log = logging.getLogger(__name__)
 
+CONNECT_TIMEOUT_S = 10.0
+
 
 def connect(address: str | None) -> None:
     """Join the cluster at `address` ("auto": the one this machine belongs to), or start one in this machine.
 
     A job submitted with `ray job submit` finds its cluster in the environment, whatever `address` says.
+
+    Raises:
+        PlacementError: no cluster answers at `address`.
     """
     if ray.is_initialized():
         return
@@ -39,10 +46,30 @@ def connect(address: str | None) -> None:
     joining = address is not None or "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if joining:
-        ray.init(address=address or "auto", **options)
+        _check_reachable(address or "auto")
+        try:
+            ray.init(address=address or "auto", **options)
+        except ConnectionError as error:
+            raise PlacementError(
+                f"address = {address or 'auto'}: no Ray cluster was found ({error}); start one with "
+                "`ray start --head`, or leave address out to start one here"
+            ) from error
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse a host:port where nobody listens: Ray itself retries for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise PlacementError(
+            f"address = {address}: nobody answers there ({error}); `ray status` on the cluster's head says its address"
+        ) from error
 
 
 def disconnect() -> None:

@@ -156,6 +156,21 @@ def test_a_gpu_that_is_not_there_is_refused(
     assert not untouched.exists()
 
 
+@pytest.mark.ray
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "auto"])
+def test_a_cluster_that_is_not_there_is_refused(
+    command_line: CommandLine,
+    write_config: WriteConfig,
+    untouched: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    address: str,
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/no-ray-here")  # where "auto" looks for the last cluster's address
+    code, said = command_line.run("train", write_config(runtime="ray", address=address))
+    Outcome(code, "", said).refused(f"address = {address}")
+    assert not untouched.exists()
+
+
 def test_tensor_parallelism_without_gpus_is_refused(run: Run, write_config: WriteConfig) -> None:
     sampler = {"engine": "transformers", "max_model_len": 64, "tensor_parallel": 2}
     run("train", write_config(sampler=sampler)).refused("sampler.tensor_parallel is 2", "set it to 1")
