@@ -25,6 +25,14 @@ class OptimizerSpec(Spec):
     grad_clip_norm: float = Field(default=1.0, ge=0, description="global norm; 0: off")
     schedule: ScheduleSpec = ScheduleSpec()
 
+    def check(self, total_steps: int) -> None:
+        """Raise `ValueError` when the schedule does not fit a run of `total_steps`."""
+        if self.schedule.warmup_steps > total_steps:
+            raise ValueError(
+                f"optimizer.schedule.warmup_steps is {self.schedule.warmup_steps}, but the run has only {total_steps} "
+                "steps: shorten one or lengthen the other"
+            )
+
     def adam(self, step: int, total_steps: int) -> AdamParams:
         """Parameters of the step that starts from version `step`."""
         return AdamParams(

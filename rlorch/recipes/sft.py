@@ -11,10 +11,10 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlorch.checkpoint.store import FileCheckpointStore
 from rlorch.data import DataSpec
@@ -51,6 +51,11 @@ class SFTConfig(Spec):
     checkpoint: CheckpointSpec = CheckpointSpec()
     observe: ObserveSpec = ObserveSpec()
     trainer: TrainerSpec = TrainerSpec()
+
+    @model_validator(mode="after")
+    def _the_schedule_fits_the_run(self) -> Self:
+        self.optimizer.check(self.steps)
+        return self
 
 
 Config = SFTConfig
