@@ -1,5 +1,6 @@
 """Tasks of reasoning_gym, scored by the task itself."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,9 @@ class ReasoningGym:
         strip: bool = True,
     ) -> None:
         try:
-            from reasoning_gym import get_score_answer_fn
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a dependency of it has invalid escapes and `is` with literals
+                from reasoning_gym import get_score_answer_fn
         except ImportError as error:
             raise PluginError(
                 f"the reward 'reasoning_gym' needs reasoning-gym ({error}): pip install 'rlorch[reasoning-gym]'"
