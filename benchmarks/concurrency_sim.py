@@ -1,6 +1,6 @@
 """Window controllers against the best fixed window, on one simulated vLLM replica and the same trace.
 
-    python benchmarks/concurrency_sim.py [--seconds 60] [--n 1]
+    python -m benchmarks.concurrency_sim [--seconds 60] [--n 1]
 
 The engine is `rlorch.sim`'s queueing model, fitted to a measured vLLM (CPU, max_num_seqs 32). W* is the fixed window
 with the most tokens per second. Times are virtual seconds. This says how the controllers compare on this model, not

@@ -5,7 +5,7 @@ rounds them to BF16 again, so the share of changed values follows from the learn
 dense BF16 bytes; GB/s are of model weights per second of CPU time (so other work on the machine counts little), best
 of three. Every decoded state is compared bit for bit.
 
-    python benchmarks/delta_codec.py [--params 16] [--rates 3e-7 1e-6 3e-6 1e-5 1e-4]
+    python -m benchmarks.delta_codec [--params 16] [--rates 3e-7 1e-6 3e-6 1e-5 1e-4]
 """
 
 import argparse

@@ -29,12 +29,12 @@ from benchmarks.common import (
     Report,
     RunOne,
     finish,
-    kept_roles,
     machine,
     parser,
     rl_run_config,
     spread,
     warm_model,
+    with_kept_roles,
 )
 from rlorch.specs import WeightsSpec
 from rlorch.types import Manifest
@@ -163,8 +163,11 @@ def make_report(runs: Mapping[float, Measured], settings: Mapping[str, Any], bef
 
 async def measure_all(options: argparse.Namespace) -> dict[float, Measured]:
     """The runs, one after the other on the same roles."""
-    async with kept_roles(options.workdir, "deltas", weights=WEIGHTS) as run:
+
+    async def work(run: RunOne) -> dict[float, Measured]:
         return {rate: await measure(run, options.workdir, rate, options.steps) for rate in options.rates}
+
+    return await with_kept_roles(options.workdir, "deltas", work, weights=WEIGHTS)
 
 
 def main() -> None:

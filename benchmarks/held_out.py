@@ -4,6 +4,7 @@ Imports nothing of rlorch, so that the peer's environment can run it too.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 TASK = "spell_backward"
@@ -12,9 +13,15 @@ THRESHOLD = 0.999
 
 def is_right(row: dict[str, Any], text: str, ended: bool) -> bool:
     """Whether a completion that ended by itself is the answer: the quickstart's reward."""
+    return ended and _scorer()(answer=text.strip(), entry=row) >= THRESHOLD
+
+
+@cache
+def _scorer() -> Any:
+    """The task's scorer; making one takes 20 ms."""
     from reasoning_gym import get_score_answer_fn
 
-    return ended and get_score_answer_fn(TASK)(answer=text.strip(), entry=row) >= THRESHOLD
+    return get_score_answer_fn(TASK)
 
 
 def sampled_accuracy(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlorch.ports import Runtime, Sampler, Trainer
+from rlorch.ports import Runtime, Sampler, Tokenizer, Trainer
 from rlorch.specs import WeightsSpec
 from rlorch.types import CommitReport, Completion, Manifest, SamplingParams, Tokens
 from rlorch.weights.store import FileWeightStore
@@ -32,8 +32,11 @@ class Mark:
 
 @dataclass
 class Recorder:
-    """What one run did. `marks` has one entry per version, `commits` one per version and replica; `first_sample_s` is
-    when the first request was made, `answers` when each request was answered and its tokens. Times are of `time.perf_counter`, in seconds."""
+    """What one run did; times are of `time.perf_counter`, in seconds.
+
+    `marks` has one entry per version, `commits` one per version and replica; `first_sample_s` is when the first
+    request was made, `answers` when each request was answered, and its tokens.
+    """
 
     marks: list[Mark] = field(default_factory=list)
     commits: list[CommitReport] = field(default_factory=list)
@@ -61,8 +64,17 @@ class KeptRuntime:
         self._weights = weights
         self._roles: dict[str, Any] = {}
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runtime, name)
+    def tokenizer(self) -> Tokenizer:
+        """See `Runtime.tokenizer`."""
+        return self._runtime.tokenizer()
+
+    async def reference(self) -> Any:
+        """See `Runtime.reference`."""
+        return await self._runtime.reference()
+
+    async def stop(self) -> None:
+        """See `Runtime.stop`."""
+        await self._runtime.stop()
 
     def weight_store(self) -> FileWeightStore:
         """See `Runtime.weight_store`; what an earlier run published is gone."""

@@ -27,7 +27,6 @@ from benchmarks.common import (
     Report,
     RunOne,
     finish,
-    kept_roles,
     machine,
     parser,
     ratio,
@@ -35,6 +34,7 @@ from benchmarks.common import (
     spread,
     task_rows,
     warm_model,
+    with_kept_roles,
 )
 from rlorch.ports import Trainer
 from rlorch.recipes.rl import RLConfig
@@ -124,10 +124,12 @@ class Direct:
         self._process.wait()
 
     def _ask(self, line: str) -> dict[str, float]:
-        assert self._process.stdin and self._process.stdout, "pipes"
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-        if not (answer := self._process.stdout.readline()):
+        requests, answers = self._process.stdin, self._process.stdout
+        assert requests is not None
+        assert answers is not None
+        requests.write(line + "\n")
+        requests.flush()
+        if not (answer := answers.readline()):
             raise SystemExit(f"the direct engine failed, see {self._log}")
         return json.loads(answer)
 
@@ -175,15 +177,19 @@ async def measure_all(options: argparse.Namespace) -> dict[int, dict[str, list[f
     folder.mkdir(parents=True, exist_ok=True)
     work = direct_work(config, workdir, options)
     engines = {
-        name: Direct({**work, "plain": name == DIRECT[1]}, folder / f"direct-{i}.log") for i, name in enumerate(DIRECT)
+        name: Direct({**work, "plain": name == DIRECT[1]}, folder / f"direct-{number}.log")
+        for number, name in enumerate(DIRECT)
     }
+
+    async def rounds(run: RunOne) -> None:
+        for _ in range(options.rounds):
+            for concurrency, sides in found.items():
+                for name, engine in engines.items():
+                    sides[name].append(await asyncio.to_thread(engine.tokens_per_s, concurrency))
+                sides["stack"].append(await stack_tokens_per_s(run, workdir, concurrency, options.steps))
+
     try:
-        async with kept_roles(workdir, "stack_overhead", weights=WEIGHTS, sampler=sampler) as run:
-            for _ in range(options.rounds):
-                for concurrency, sides in found.items():
-                    for name, engine in engines.items():
-                        sides[name].append(await asyncio.to_thread(engine.tokens_per_s, concurrency))
-                    sides["stack"].append(await stack_tokens_per_s(run, workdir, concurrency, options.steps))
+        await with_kept_roles(workdir, "stack_overhead", rounds, weights=WEIGHTS, sampler=sampler)
     finally:
         for engine in engines.values():
             engine.close()
@@ -202,7 +208,7 @@ def make_report(
         rows.append((str(concurrency), *rates, *ratios))
     return Report(
         name="stack_overhead",
-        question="tokens per second of one engine through coordinator, pool, Ray, rewards and journal, and called directly",
+        question="tokens/s of one engine through coordinator, pool, Ray, rewards and journal, and called directly",
         columns=(
             "sequences",
             "rlorch tok/s",
@@ -213,8 +219,8 @@ def make_report(
         ),
         rows=tuple(rows),
         notes=(
-            "A model of 0.8M parameters and answers of at most 8 tokens: one engine step takes milliseconds, so this is "
-            "the hardest case for everything around it. All sides share the machine's cores; the direct loop uses one.",
+            "A model of 0.8M parameters and answers of at most 8 tokens: one engine step takes milliseconds, so this "
+            "is the hardest case for what is around it. All sides share the machine; the direct loop uses one core.",
         ),
         settings=settings,
         machine=before,

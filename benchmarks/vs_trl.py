@@ -27,6 +27,7 @@ import time
 from argparse import SUPPRESS
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ from benchmarks.common import (
     SEED,
     Report,
     finish,
-    kept_roles,
     machine,
     parser,
     ratio,
@@ -42,6 +42,7 @@ from benchmarks.common import (
     spread,
     task_rows,
     warm_model,
+    with_kept_roles,
 )
 from benchmarks.recording import Recorder
 from rlorch.coordinator.source import PromptSource
@@ -125,7 +126,7 @@ def run_rlorch(config: RLConfig, work: Mapping[str, Any], workdir: Path, side: S
     """One rlorch run, and its curve from the checkpoints that it left."""
     recorder = asyncio.run(run_once(config, workdir))
     marks, run_dir = recorder.marks, Path(config.run_dir or "")
-    steps_s = [after.at_s - before.at_s for before, after in zip(marks[SKIP:], marks[SKIP + 1 :], strict=False)]
+    steps_s = [after.at_s - before.at_s for before, after in pairwise(marks[SKIP:])]
     side.step_s.append(statistics.median(steps_s))
     published = {mark.version: mark.at_s - recorder.first_sample_s for mark in marks}
     curve = child("curve", work, str(run_dir))
@@ -134,8 +135,7 @@ def run_rlorch(config: RLConfig, work: Mapping[str, Any], workdir: Path, side: S
 
 async def run_once(config: RLConfig, workdir: Path) -> Recorder:
     """One run with roles of its own: nothing of rlorch is left while the peer runs."""
-    async with kept_roles(workdir, "vs_trl") as run:
-        return await run(config)
+    return await with_kept_roles(workdir, "vs_trl", lambda run: run(config))
 
 
 def child(what: str, work: Mapping[str, Any], run_dir: str, threads: int = 2) -> Any:
@@ -166,7 +166,8 @@ def curve_of(work: Mapping[str, Any]) -> list[dict[str, float]]:
     folders = {int(path.name.split("-")[1]): path for path in (Path(work["run_dir"]) / "checkpoints").glob("step-*")}
     for step, folder in sorted(folders.items()):
         missing, unexpected = model.load_state_dict(dict(read_tensors(folder, "weights")), strict=False)
-        assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+        assert not unexpected, unexpected
+        assert set(missing) <= {"lm_head.weight"}, missing
         accuracy = sampled_accuracy(
             model, tokenizer, rows, suffix=work["suffix"], max_tokens=work["max_tokens"],
             samples=work["eval_samples"], seed=step,
@@ -235,11 +236,11 @@ def make_report(
             f"Target reached at step: rlorch {rlorch.target_step}; "
             + ", ".join(f"TRL on {threads} {side.target_step}" for threads, side in peers.items())
             + f". TRL's generation takes {generation} per step.",
-            "Differences that remain: TRL generates with transformers' `generate` (no vLLM on this path), waits for it, "
-            "and serves its float32 weights; rlorch samples with vLLM in bf16, one step off-policy, and corrects by "
-            "token-level truncated importance sampling (cap 2). Both average the loss over tokens. TRL's warm-up starts "
-            "at learning rate 0, so it is one step behind for the first five. rlorch also journals each rollout and "
-            "writes the checkpoints that are scored.",
+            "Differences that remain: TRL generates with transformers' `generate` (no vLLM on this path), waits for "
+            "it, and samples with its float32 weights; rlorch samples with vLLM in bf16, one step off-policy, and "
+            "corrects by token-level truncated importance sampling (cap 2). Both average the loss over tokens. TRL's "
+            "warm-up starts at learning rate 0, so it is one step behind for the first five. rlorch also journals each "
+            "rollout, scores it in another process, and writes the checkpoints that are scored.",
             "All-equal groups are trained by both (they add nothing to the gradient); rlorch's default resamples them.",
         ),
         settings=settings,
@@ -266,9 +267,7 @@ def main() -> None:
         print(json.dumps(CHILDREN[options.child](json.load(sys.stdin))))
         return
     if not options.peer.exists():
-        raise SystemExit(
-            f"{options.peer} does not exist: `make peer` builds the peer's environment, or name one by --peer"
-        )
+        raise SystemExit(f"{options.peer} does not exist: `make peer` builds it, or name another environment by --peer")
     before, workdir = machine(), options.workdir
     warm_model(workdir)
     folder = workdir / "vs_trl"
