@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from benchmarks.recording import KeptRuntime, Recorder, RecordingRuntime
 from rlorch.cli.runs import load_recipe, open_host, run_on
@@ -234,7 +234,7 @@ async def with_kept_roles(workdir: Path, name: str, work: Callable[[RunOne], Awa
         async def run(config: RLConfig, wrap_trainer: Callable[[Trainer], Any] | None = None) -> Recorder:
             recorder = Recorder()
             recorded = RecordingRuntime(kept, recorder, wrap_trainer)
-            await recipe.run(config, recorded, resume=False, stop=asyncio.Event(), inputs=None)
+            await recipe.run(config, cast(Runtime, recorded), resume=False, stop=asyncio.Event(), inputs=None)
             return recorder
 
         return await work(run)

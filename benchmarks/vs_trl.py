@@ -141,13 +141,16 @@ async def run_once(config: RLConfig, workdir: Path) -> Recorder:
 def child(what: str, work: Mapping[str, Any], run_dir: str, threads: int = 2) -> Any:
     """Run one of `CHILDREN` in a process of its own, with torch's threads set from the start."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.vs_trl", "--child", what],
-        input=json.dumps({**work, "run_dir": run_dir, "threads": threads, "order": []}).encode(),
-        stdout=subprocess.PIPE,
-        env=environment,
-        check=True,
-    )
+    with Path(f"{work['output_dir']}-{what}.log").open("wb") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.vs_trl", "--child", what],
+            input=json.dumps({**work, "run_dir": run_dir, "threads": threads, "order": []}).encode(),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+        )
+    if done.returncode:
+        raise SystemExit(f"scoring or timing rlorch failed, see {work['output_dir']}-{what}.log")
     return json.loads(done.stdout.decode().strip().splitlines()[-1])
 
 
