@@ -75,6 +75,14 @@ def secret_values(environ: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(sorted(values, key=len, reverse=True))
 
 
+def _added_by_libraries() -> set[str]:
+    """Fields that a library's record factory puts on every record (Ray and vLLM install one): not the caller's."""
+    factory = logging.getLogRecordFactory()
+    if factory is logging.LogRecord:
+        return set()
+    return set(vars(factory("", logging.INFO, "", 0, "", (), None)))
+
+
 class LineFormatter(logging.Formatter):
     """A record as one logfmt line; a traceback becomes the field `trace`, its newlines escaped."""
 
@@ -86,7 +94,7 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its newline."""
         stamp = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        given = {key: value for key, value in vars(record).items() if key not in _STANDARD}
+        given = {key: value for key, value in vars(record).items() if key not in _STANDARD | _added_by_libraries()}
         fields = {"time": stamp, "level": record.levelname.lower(), "role": getattr(record, "role", self._role)}
         fields |= {"msg": record.getMessage(), **redact(given), "logger": record.name}
         if record.exc_info:

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,3 +152,22 @@ def test_a_secret_inside_quotes_does_not_survive_the_quoting_of_the_line(tmp_pat
 
 def test_short_values_and_ordinary_variables_are_not_treated_as_secrets() -> None:
     assert secret_values({"A_KEY": "1", "PATH": "/usr/bin:/bin", "B_TOKEN": "long enough"}) == ("long enough",)
+
+
+def test_what_a_library_puts_on_every_record_is_not_in_the_line(tmp_path: Path) -> None:
+    factory = logging.getLogRecordFactory()
+
+    def stamping(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = factory(*args, **kwargs)
+        record.library_stamp = 1
+        return record
+
+    logging.setLogRecordFactory(stamping)
+    try:
+        with RunLogs(tmp_path, "trainer", terminal=False):
+            logging.getLogger("rlorch.some.part").info("hello", extra={"step": 3})
+    finally:
+        logging.setLogRecordFactory(factory)
+    line = (tmp_path / "logs" / "trainer.log").read_text()
+    assert "step=3" in line
+    assert "library_stamp" not in line

@@ -35,7 +35,7 @@ def by_word(rollout):
     if word == "raise": raise ValueError("bad answer")
     if word == "memory": return len(bytearray(1 << 30))
     if word == "wire":
-        for fd in range(3, 64):
+        for fd in range(3, 4096):
             try: os.write(fd, b"x" * 64)
             except OSError: pass
         time.sleep(60)
