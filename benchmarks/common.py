@@ -1,7 +1,7 @@
 """What the benchmarks share: the warm model, runs that are recorded through the ports, and one form of report.
 
 A benchmark measures both sides of its ratio in one process tree, round by round in turn, and ends in a `Report`: a
-small table, the machine, and the load before and after. `--json FILE` keeps it for `benchmarks.results`.
+small table, the machine, and how busy others kept it. `--json FILE` keeps it for `benchmarks.results`.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from benchmarks.recording import KeptRuntime, Recorder, RecordingRuntime
+from benchmarks.recording import TICKS_PER_S, KeptRuntime, Recorder, RecordingRuntime
 from rlorch.cli.runs import load_recipe, open_host, run_on
 from rlorch.config import dump_config
 from rlorch.data import DataSpec, load_rows, split_held_out
@@ -92,22 +93,21 @@ class Report:
 
 
 def machine() -> dict[str, Any]:
-    """Cores, CPU, versions, time and load at the moment of the call."""
+    """Cores, CPU, versions, time, and how busy others keep the machine just before a benchmark."""
     return {
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu": cpu_name(),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "started": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "load_before": _load(),
+        "others": f"{_busy_cores():.2f} cores busy with other work before the start",
     }
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
     """One line of it."""
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
-    load = f"load of other work {machine['load_before']}"
-    return f"{machine['started']}; {machine['cores']} cores, {machine['cpu']}; {versions}; {load}"
+    return f"{machine['started']}; {machine['cores']} cores, {machine['cpu']}; {versions}; {machine['others']}"
 
 
 def cpu_name() -> str:
@@ -127,8 +127,22 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _load() -> str:
-    return f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
+def _busy_cores(seconds: float = 2.0) -> float:
+    """Cores in use on average over the next seconds; nan where /proc/stat is not there.
+
+    Not the load average: after another benchmark that would still count the benchmark's own work.
+    """
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return float("nan")
+
+    def busy_ticks() -> int:
+        user, nice, system, _idle, _wait, irq, softirq, *_ = map(int, stat.read_text().split("\n", 1)[0].split()[1:])
+        return user + nice + system + irq + softirq
+
+    before, start = busy_ticks(), time.perf_counter()
+    time.sleep(seconds)
+    return (busy_ticks() - before) / TICKS_PER_S / (time.perf_counter() - start)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -18,6 +18,8 @@ from rlorch.types import CommitReport, Completion, Manifest, SamplingParams, Tok
 from rlorch.weights.store import FileWeightStore
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+KNOWN: dict[int, str] = {}
+"""Roles of processes by id, as first seen: Ray rewrites titles on every call, and a read may meet an empty one."""
 ROLES = {"ray::TrainerActor": "trainer", "ray::SamplerActor": "sampler", "ray::RewardActor": "rewards"}
 
 
@@ -214,6 +216,8 @@ def _role(pid: int, parents: Mapping[int, int], titles: Mapping[int, str]) -> st
     while at in parents and at != me:
         for title, role in ROLES.items():
             if titles.get(at, "").startswith(title):
-                return role
+                KNOWN[at] = role
+        if at in KNOWN:
+            return KNOWN[at]
         at = parents[at]
     return "ray" if at == me else None

@@ -15,8 +15,8 @@ ORDER = ("async_vs_sync", "vs_trl", "deltas", "stack_overhead")
 HEAD = """# Results
 
 Made by `make bench-quick`, then `python -m benchmarks.results`. What each number means is in [README.md](README.md).
-Median (min-max) everywhere. Load is the one-minute average before a benchmark began: on a machine of two cores,
-figures taken at a load above about 0.5 share the cores with something else and say little.
+Median (min-max) everywhere. Each table says how much of the machine other work used just before it began: figures
+taken beside other work on two cores say little about absolute times, and not much about ratios.
 """
 
 

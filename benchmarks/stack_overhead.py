@@ -1,6 +1,6 @@
 """What everything above the engine costs: tokens per second through the whole stack against vLLM called directly.
 
-    python -m benchmarks.stack_overhead [--rounds 3] [--concurrency 64 256]
+    python -m benchmarks.stack_overhead [--rounds 2] [--concurrency 64 256]
 
 The stack is an ordinary RL run: coordinator and ledger, pool with a fixed window, Ray, the sampler actor, rewards in
 their own process, journal, batches, metrics, and a weight sync per step, but with a trainer that takes no time and
@@ -230,9 +230,9 @@ def make_report(
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--rounds", type=int, default=2)
     arguments.add_argument("--concurrency", type=int, nargs="+", default=[64, 256], help="sequences in flight")
-    arguments.add_argument("--steps", type=int, default=24, help="counted steps of 256 rollouts per run")
+    arguments.add_argument("--steps", type=int, default=16, help="counted steps of 256 rollouts per run")
     arguments.add_argument("--seconds", type=float, default=4.0, help="of each direct measurement")
     options = arguments.parse_args()
     before = machine()

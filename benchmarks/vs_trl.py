@@ -1,6 +1,6 @@
 """rlorch against TRL's GRPOTrainer on the same work, on the CPU: seconds per step, and seconds to a held-out accuracy.
 
-    python -m benchmarks.vs_trl [--rounds 2] [--steps 60] [--target 0.8] [--peer .venv-trl/bin/python]
+    python -m benchmarks.vs_trl [--rounds 2] [--steps 40] [--target 0.8] [--peer .venv-trl/bin/python]
 
 The same: model directory, prompts in the same order, prompts per step, samples per prompt, token limit, reward, AdamW
 settings, no KL, token-mean loss, held-out words and the code that scores them. Rounds interleave TRL on one thread,
@@ -259,7 +259,7 @@ def make_report(
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=2)
-    arguments.add_argument("--steps", type=int, default=60, help="optimizer steps; TRL stops at the target")
+    arguments.add_argument("--steps", type=int, default=40, help="optimizer steps; TRL stops at the target")
     arguments.add_argument("--min-steps", type=int, default=12, help="TRL runs at least these")
     arguments.add_argument("--eval-every", type=int, default=4)
     arguments.add_argument("--target", type=float, default=0.8, help="held-out sampled accuracy")
