@@ -16,10 +16,9 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from rlorch.checkpoint.store import FileCheckpointStore
 from rlorch.data import DataSpec
-from rlorch.errors import StorageError
 from rlorch.ports import Runtime, Trainer
+from rlorch.recipes.checkpoints import Checkpoints
 from rlorch.recipes.inputs import Inputs, read_rows
 from rlorch.recipes.run_dir import check_run_dir, open_run_dir
 from rlorch.recipes.sections import CheckpointSpec, HeldOutSpec, ObserveSpec, OptimizerSpec, check_model_dir, model_path
@@ -114,7 +113,7 @@ async def run(
     held_out_datums = [render(row) for row in rows.held_out_rows]
     run_dir = open_run_dir(run_path(config), config, resume=resume)
     trainer = await runtime.trainer()
-    checkpoints = FileCheckpointStore(run_dir.checkpoints, keep_last=config.checkpoint.keep_last)
+    checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint)
     version = 0
     if resume and (latest := await checkpoints.latest()) is not None:
         version = await trainer.load(latest.path)
@@ -128,9 +127,9 @@ async def run(
             if held_out_datums and (version % 50 == 0 or version == config.steps):
                 metrics["eval/loss"] = await _loss(trainer, held_out_datums)
             sink.write(version, metrics)
-            if config.checkpoint.every and version % config.checkpoint.every == 0 and version < config.steps:
-                await save_checkpoint(checkpoints, trainer, version)
-        await save_checkpoint(checkpoints, trainer, version)
+            if checkpoints.due(version):
+                await checkpoints.save(trainer, version)
+        await checkpoints.save(trainer, version)
         if version >= config.steps:
             await run_dir.export(trainer)
     finally:
@@ -144,22 +143,6 @@ def batch_of(datums: Sequence[Datum], batch_size: int, step: int, seed: int) -> 
     epochs = {position // len(datums) for position in positions}
     orders = {epoch: np.random.default_rng((seed, epoch)).permutation(len(datums)) for epoch in epochs}
     return [datums[int(orders[position // len(datums)][position % len(datums)])] for position in positions]
-
-
-async def save_checkpoint(checkpoints: FileCheckpointStore, trainer: Trainer, version: int) -> bool:
-    """A resumable checkpoint of `version`, unless it is there already; whether it is there now.
-
-    A full disk costs a checkpoint, not the run: training goes on, and the one before stays.
-    """
-    name = f"step-{version}"
-    if any(manifest.name == name for manifest in await checkpoints.list()):
-        return True
-    try:
-        await checkpoints.save(name, lambda path: trainer.save(str(path)), step=version, extra={})
-    except StorageError as error:
-        log.error("no checkpoint at version %d, the one before stays: %s", version, error)
-        return False
-    return True
 
 
 async def _step(trainer: Trainer, batch: Sequence[Datum], config: SFTConfig, version: int) -> dict[str, float]:

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from rlorch.aio import deadline
-from rlorch.checkpoint.store import FileCheckpointStore
 from rlorch.coordinator.algorithm import Algorithm
 from rlorch.coordinator.board import Board, Messages
 from rlorch.coordinator.coordinator import Coordinator, StepDone
@@ -29,12 +28,12 @@ from rlorch.observe.console import Console
 from rlorch.observe.trace import Tracer
 from rlorch.observe.view import Accuracy, RunSummary, Status
 from rlorch.ports import MetricSink, Runtime, Tokenizer
+from rlorch.recipes.checkpoints import Checkpoints
 from rlorch.recipes.inputs import Inputs
 from rlorch.recipes.rl.config import RLConfig
 from rlorch.recipes.rl.prompts import Prompts
 from rlorch.recipes.rl.roles import start_roles
 from rlorch.recipes.run_dir import RunDir
-from rlorch.recipes.sft import save_checkpoint
 from rlorch.rollout.single_turn import rollout_group
 from rlorch.types import Datum, Manifest, Prompt, Rollout, SamplingParams
 
@@ -69,7 +68,7 @@ class RLRun:
         self.messages = messages
         self.tokenizer = tokenizer
         self.prompts = Prompts(config, tokenizer, rows)
-        self.checkpoints = FileCheckpointStore(run_dir.checkpoints, keep_last=config.checkpoint.keep_last)
+        self.checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint)
         self.params = SamplingParams(
             n=config.rollout.group_size,
             max_tokens=config.rollout.max_tokens,
@@ -251,10 +250,9 @@ class RLRun:
 
     async def _after_step(self, done: StepDone) -> None:
         self.tracer.flush()
-        every = self.config.checkpoint.every
         if done.replayed:
             return
-        if every and done.version % every == 0:
+        if self.checkpoints.due(done.version):
             await self._checkpoint(done.version)
         if self._due_for_evaluation(done.version):
             self._evaluating = self._background.create_task(self._evaluate("evaluation"), name="evaluation")
@@ -276,7 +274,7 @@ class RLRun:
 
     async def _checkpoint(self, version: int) -> None:
         with self.tracer.span("trainer", "checkpoint", step=version):
-            saved = await save_checkpoint(self.checkpoints, self.roles.trainer, version)
+            saved = await self.checkpoints.save(self.roles.trainer, version)
         if saved:
             await self.journal.event("checkpoint", {"version": version})
 
