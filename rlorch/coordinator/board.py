@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rlorch.coordinator.coordinator import Coordinator
@@ -12,6 +12,7 @@ from rlorch.observe.trace import Tracer
 from rlorch.observe.view import RewardsView, RolloutsView, RunView, SamplerView
 from rlorch.scoring.pool import RewardPool
 from rlorch.types import Manifest
+from rlorch.weights.syncer import Syncer
 
 
 class Messages(logging.Handler):
@@ -143,7 +144,7 @@ class Board:
             samplers=tuple(
                 SamplerView(
                     name=replica.name,
-                    version=_version(syncers, replica.name),
+                    version=_version(syncers.get(replica.name)),
                     window=replica.window,
                     running=replica.in_flight - replica.queued,
                     queued=replica.queued,
@@ -168,9 +169,9 @@ class Board:
         )
 
 
-def _version(syncers: Mapping[str, object], name: str) -> int:
-    committed = getattr(syncers.get(name), "committed", None)
-    return -1 if committed is None or committed.value is None else int(committed.value)
+def _version(syncer: Syncer | None) -> int:
+    """The version that the replica proved last; -1 before the first."""
+    return -1 if syncer is None or syncer.last is None else syncer.last.version
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -166,16 +166,21 @@ class WandbSink:
         except ImportError as error:
             raise ConfigError("the wandb sink needs the wandb package: pip install 'rlorch[wandb]'") from error
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._run: Any = wandb.init(
-            dir=str(run_dir),
-            project=project,
-            name=name,
-            config=dict(config or {}),
-            mode=mode,
-            id=run_id,
-            resume="allow" if run_id else None,
-            settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True),
-        )
+        try:
+            self._run: Any = wandb.init(
+                dir=str(run_dir),
+                project=project,
+                name=name,
+                config=dict(config or {}),
+                mode=mode,
+                id=run_id,
+                resume="allow" if run_id else None,
+                settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True),
+            )
+        except wandb.Error as error:
+            raise ConfigError(
+                f"W&B does not start ({error}): run `wandb login`, or set observe.wandb_mode=offline"
+            ) from error
         self._run.define_metric("*", step_metric="step")
 
     @property

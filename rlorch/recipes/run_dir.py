@@ -90,7 +90,8 @@ class RunDir:
             sinks.append(Background(TensorBoardSink(self.path / "tensorboard")))
         if spec.wandb:
             settings = redact(config.model_dump(mode="json"))
-            sinks.append(Background(WandbSink(self.path, project=spec.wandb_project, name=name, config=settings)))
+            wandb = WandbSink(self.path, project=spec.wandb_project, name=name, config=settings, mode=spec.wandb_mode)
+            sinks.append(Background(wandb))
         return FanOut(sinks)
 
 

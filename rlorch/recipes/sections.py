@@ -65,6 +65,7 @@ class ObserveSpec(Spec):
     tensorboard: bool = False
     wandb: bool = False
     wandb_project: str = "rlorch"
+    wandb_mode: Literal["online", "offline"] = Field(default="online", description="offline: needs no account")
 
 
 def model_path(model: str) -> str:
