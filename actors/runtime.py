@@ -56,7 +56,7 @@ def connect(address: str | None) -> None:
             ) from error
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **options)
 
 
 def _check_reachable(address: str) -> None:
