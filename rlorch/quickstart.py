@@ -24,6 +24,7 @@ from rlorch.coordinator.algorithm import AlgorithmSpec
 from rlorch.coordinator.coordinator import RolloutSpec
 from rlorch.coordinator.evaluation import EvaluationSpec
 from rlorch.data import DataSpec, load_rows, split_held_out
+from rlorch.pool.config import PoolConfig
 from rlorch.recipes.rl import RLConfig
 from rlorch.recipes.schedules import ScheduleSpec
 from rlorch.recipes.sections import CheckpointSpec, HeldOutSpec, ObserveSpec, OptimizerSpec
@@ -113,6 +114,7 @@ def rl_config(root: Path, seed: int, *, shuffle_advantages: bool = False, **comm
         ),
         rollout=RolloutSpec(groups_per_batch=32, group_size=8, max_staleness=1, max_tokens=MAX_TOKENS),
         evaluation=EvaluationSpec(every=20),
+        concurrency=PoolConfig(initial_window=64, stats_period_s=0.5),  # a run this short is over before a ramp from 8
         checkpoint=CheckpointSpec(every=20),
         trainer=TrainerSpec(compute_dtype="float32", threads=1, seed=seed),
         sampler=SamplerSpec(max_model_len=64, max_num_seqs=256, cpu_kv_cache_gib=0.5, threads=1, seed=seed),

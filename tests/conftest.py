@@ -1,6 +1,11 @@
 """Rules that every test lives under."""
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine is not a bug: properties are bounded by the number of examples, never by wall time.
+settings.register_profile("rlorch", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("rlorch")
 
 
 @pytest.fixture(autouse=True)
