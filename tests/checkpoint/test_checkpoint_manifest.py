@@ -48,9 +48,9 @@ def test_names_that_could_leave_the_directory_are_refused(name: str) -> None:
 def test_a_file_name_inside_a_directory_resolves_to_below_it(name: str) -> None:
     import posixpath
 
-    resolved = posixpath.normpath(posixpath.join("/root/dir", name))
+    resolved = posixpath.normpath(posixpath.join("/base/dir", name))
     if is_inside(name):
-        assert resolved == f"/root/dir/{name}"
+        assert resolved == f"/base/dir/{name}"
 
 
 # --- verification -----------------------------------------------------------------------------------------
