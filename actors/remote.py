@@ -4,9 +4,12 @@
 * Cancelling the local await cancels the actor's method (`ray.cancel`); a caller that must be sure also aborts by id.
 * What the method raised arrives as the class it was raised as, without Ray's wrapper; a dead actor is a
   `ReplicaLostError`.
+* Ray may start two calls to an async actor in another order than they were sent. A port that promises order is
+  `ordered`: its next call is sent when the one before has answered.
 """
 
 import asyncio
+from contextlib import nullcontext
 from typing import Any
 
 import ray
@@ -22,6 +25,13 @@ class Remote:
     def __init__(self, name: str, handle: Any) -> None:
         self.name = name
         self._handle = handle
+        self._turn: asyncio.Lock | None = None
+
+    def ordered(self) -> "Remote":
+        """The same actor, called one at a time and first in, first out."""
+        ordered = Remote(self.name, self._handle)
+        ordered._turn = asyncio.Lock()
+        return ordered
 
     async def call(self, method: str, *args: Any, timeout_s: float, hint: str = "its log in logs/ says more") -> Any:
         """Call a method of the actor and return its value.
@@ -31,6 +41,10 @@ class Remote:
             ReplicaLostError: the actor is gone.
             RlorchError: whatever the method raised.
         """
+        async with self._turn or nullcontext():
+            return await self._call(method, args, timeout_s, hint)
+
+    async def _call(self, method: str, args: tuple[Any, ...], timeout_s: float, hint: str) -> Any:
         ref = getattr(self._handle, method).remote(*args)
         try:
             async with deadline(timeout_s, f"{self.name}: {method} did not answer; {hint}"):

@@ -75,10 +75,10 @@ class ReferenceActor:
 
 
 class RayTrainer:
-    """The Trainer port over a `TrainerActor`."""
+    """The Trainer port over a `TrainerActor`. Its calls run in the order they were made."""
 
     def __init__(self, remote: Remote) -> None:
-        self._remote = remote
+        self._remote = remote.ordered()
 
     async def forward(self, datums: Sequence[Datum]) -> ForwardResult:
         """See `Trainer.forward`."""

@@ -106,11 +106,12 @@ class WeightsContract:
         assert not np.array_equal(before, fresh)
 
     def test_spans_are_exact_when_commits_land_while_requests_run(self, engine: SamplerEngine, world: World) -> None:
-        params = replace(LONG, n=2, max_tokens=80)
+        params = replace(LONG, n=2)
         prompts = [prompt(seed, 5 + 3 * seed) for seed in range(2)]
+        updates = [world.advance(world.dense(version)) for version in range(1, 5)]
         futures = [engine.submit(prompt_T, params, f"r{i}") for i, prompt_T in enumerate(prompts)]
-        for version in range(1, 5):
-            engine.stage(*world.advance(world.dense(version)))
+        for version, update in enumerate(updates, start=1):
+            engine.stage(*update)
             engine.commit(version)
         seen: set[int] = set()
         for prompt_T, future in zip(prompts, futures, strict=True):

@@ -1,6 +1,7 @@
 """The real command line in processes of its own: started, read line by line, killed, and cleaned up by process id."""
 
 import os
+import re
 import select
 import signal
 import subprocess
@@ -31,6 +32,12 @@ class Command:
         """Read its output until `text` has come."""
         assert self._read(text, timeout_s), f"no {text!r} in:\n{self.said}"
 
+    def read_until_step(self, step: int, timeout_s: float = START_S) -> None:
+        """Read its output until a line tells of this step or a later one: a fast run does not show each."""
+        end = time.monotonic() + timeout_s
+        while max(map(int, re.findall(r"step (\d+)/", self.said)), default=-1) < step:
+            assert self._read(None, max(end - time.monotonic(), 0), once=True), f"no step {step} in:\n{self.said}"
+
     def finish(self, timeout_s: float = START_S) -> int:
         """Read to its end; the exit code."""
         self._read(None, timeout_s)
@@ -45,7 +52,7 @@ class Command:
         """Ctrl-C: a terminal sends it to the whole process group."""
         os.killpg(self.pid, signal.SIGINT)
 
-    def _read(self, text: str | None, timeout_s: float) -> bool:
+    def _read(self, text: str | None, timeout_s: float, *, once: bool = False) -> bool:
         assert self.popen.stdout is not None
         end = time.monotonic() + timeout_s
         while text is None or text not in self.said:
@@ -54,6 +61,8 @@ class Command:
             if not piece:
                 return False
             self.said += piece.decode()
+            if once:
+                break
         return True
 
 

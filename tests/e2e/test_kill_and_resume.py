@@ -112,7 +112,7 @@ def test_no_process_outlives_a_killed_driver_on_ray_and_the_run_goes_on_without_
 ) -> None:
     write_rows(tmp_path / "rows.jsonl", slow=SLOW_S)
     command = command_line.start("train", write_config(steps=500, runtime="ray"))
-    command.read_until("step 2/500")
+    command.read_until_step(2)
     below = command_line.below(command)
     names = [name_of(process) for process in below]
     for role in ("TrainerActor", "SamplerActor", "RewardActor", "scoring/child.py"):
@@ -137,7 +137,7 @@ def test_ctrl_c_leaves_a_checkpoint_at_the_last_step_and_exit_code_130(
     write_rows(tmp_path / "rows.jsonl", slow=SLOW_S)
     run = tmp_path / "run"
     command = command_line.start("train", write_config(steps=500, runtime="ray", checkpoint={"every": 0}))
-    command.read_until("step 2/500")
+    command.read_until_step(2)
     below = command_line.below(command)
     command.interrupt()
     assert command.finish() == 130, command.said
