@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlorch.specs import ModelSpec
 from rlorch.types import (
     AdamParams,
     Batch,
@@ -25,11 +26,13 @@ from rlorch.types import (
     Floats,
     ForwardResult,
     Group,
+    LoadKind,
     LossSpec,
     Manifest,
     Normalization,
     Rollout,
     SamplingParams,
+    SaveKind,
     StepResult,
     Tokens,
     Verdict,
@@ -70,6 +73,54 @@ class Trainer(Protocol):
 
     async def save_pretrained(self, path: str) -> None:
         """Write a model directory that transformers and vLLM load, tokenizer included."""
+        ...
+
+
+class TrainerHost(Protocol):
+    """The processes of one trainer job: a base model in memory and the models in training on it, each by name.
+
+    Calls run one at a time, in the order they were made, whichever model they are for. A model's methods are those of
+    `Trainer`. Raises `UserError` for a model that is not open.
+    """
+
+    async def open(self, model: ModelSpec) -> int:
+        """Begin with a model, or find it again as it is: returns its version. Idempotent for an equal spec. There is
+        one model that trains all weights, or any number of adapters."""
+        ...
+
+    async def close_model(self, model: str) -> None:
+        """Forget a model and free what it holds; the weights of a full model stay until the host stops. Idempotent."""
+        ...
+
+    async def forward(self, model: str, datums: Sequence[Datum], top_k: int = 0) -> ForwardResult:
+        """Target log-probabilities, and the `top_k` likeliest tokens of each position. Idempotent."""
+        ...
+
+    async def forward_backward(self, model: str, datums: Sequence[Datum], loss: LossSpec) -> ForwardResult:
+        """See `Trainer.forward_backward`."""
+        ...
+
+    async def optim_step(self, model: str, adam: AdamParams, normalization: Normalization) -> StepResult:
+        """See `Trainer.optim_step`."""
+        ...
+
+    async def export(self, model: str, kind: str, number: int) -> Manifest:
+        """See `Trainer.export`; the weights are published as version `number` of the job's store, in job_dir/weights.
+        Of a model that trains all weights."""
+        ...
+
+    async def published(self, model: str, number: int) -> None:
+        """See `Trainer.published`."""
+        ...
+
+    async def save(self, model: str, what: SaveKind, path: str) -> Mapping[str, str]:
+        """Write to the empty directory `path`; digest by file name. "state": all that `load` needs to go on;
+        "adapter": a PEFT directory; "pretrained": a model directory, an adapter merged into its base."""
+        ...
+
+    async def load(self, model: str, what: LoadKind, path: str) -> int:
+        """Read what `save` wrote, all or nothing; returns the version. "state": weights, optimizer, version; "weights":
+        the weights of a state, with a fresh optimizer; "adapter": a PEFT directory, with a fresh optimizer."""
         ...
 
 
@@ -115,6 +166,15 @@ class Sampler(Protocol):
 
     async def stats(self) -> EngineStats:
         """The replica's load. Consumes `queue_s`."""
+        ...
+
+    async def add_adapter(self, name: str, path: str) -> None:
+        """Load a LoRA adapter (a PEFT directory) beside running requests; `SamplingParams.adapter` then names it. A
+        name never gets other weights: each version has its own. Idempotent. Raises `ModelError`."""
+        ...
+
+    async def remove_adapter(self, name: str) -> None:
+        """Unload an adapter when no request uses it any more; unknown names are ignored. Idempotent."""
         ...
 
 

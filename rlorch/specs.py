@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "gspo", "dro", "reinforce"]
+LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "gspo", "dro", "reinforce", "dppo"]
 RoleName = Literal["trainer", "reference", "sampler", "reward"]
 
 
@@ -29,6 +29,7 @@ class TrainerSpec(Spec):
         default="auto", description="forward and backward; auto: bfloat16 on cuda, float32 on cpu"
     )
     serve_dtype: Dtype = Field(default="auto", description="what samplers get; auto: bfloat16")
+    ranks: int = Field(default=1, ge=1, description="processes (GPUs) of the trainer; weights are sharded (FSDP2)")
     micro_batch_tokens: int = Field(default=8192, ge=1, description="tokens per micro-batch, padding included")
     logprob_chunk_tokens: int = Field(default=1024, ge=1, description="positions whose logits exist at once")
     activation_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
@@ -36,6 +37,25 @@ class TrainerSpec(Spec):
         default=None, ge=1, description="torch CPU threads; default: cores left after the samplers"
     )
     seed: int = 0
+
+
+class LoraSpec(Spec):
+    """A LoRA adapter (arXiv 2106.09685): W + (alpha / rank) B A on the linear layers that are chosen."""
+
+    rank: int = Field(ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    seed: int | None = Field(default=None, description="of A's initial values; default: the trainer's")
+    train_attn: bool = Field(default=True, description="the attention projections")
+    train_mlp: bool = Field(default=True, description="the feed-forward projections")
+    train_unembed: bool = Field(default=True, description="the output layer")
+
+
+class ModelSpec(Spec):
+    """One model in training on a trainer host: all weights of the base, an adapter on it, or the frozen base."""
+
+    name: str
+    lora: LoraSpec | None = None
+    base_only: bool = Field(default=False, description="the frozen base: forward alone")
 
 
 class SamplerSpec(Spec):
@@ -51,6 +71,8 @@ class SamplerSpec(Spec):
     max_model_len: int = Field(default=4096, ge=2, description="prompt plus completion, tokens")
     max_num_seqs: int = Field(default=256, ge=1, description="sequences decoded at once by one replica")
     tensor_parallel: int = Field(default=1, ge=1, description="GPUs per replica")
+    max_loras: int = Field(default=0, ge=0, description="adapters in one batch; 0: no adapters")
+    max_lora_rank: int = Field(default=64, ge=1, description="largest rank of an adapter")
     gpu_memory_fraction: float = Field(
         default=0.85, gt=0, lt=1, description="share of a GPU's memory that vLLM may take"
     )
@@ -96,6 +118,19 @@ class WeightsSpec(Spec):
     live_digest_every: int = Field(default=10, ge=1, description="commits between digests of ALL live tensors")
     stage_timeout_s: float = Field(default=300.0, gt=0)
     commit_timeout_s: float = Field(default=60.0, gt=0)
+
+
+class HostSpec(Spec):
+    """A trainer host: the processes that hold one base model and everything in training on it."""
+
+    model: str = Field(description="directory of the base model")
+    job_dir: str = Field(description="seen by every rank and by whoever reads its weights; holds weights/ and logs/")
+    trainer: TrainerSpec = TrainerSpec()
+    weights: WeightsSpec = WeightsSpec()
+    gpus_per_rank: float = Field(default=0, ge=0)
+    cpus_per_rank: float = Field(default=1, ge=0)
+    max_context_length: int | None = Field(default=None, ge=2, description="tokens of a row; default: the model's own")
+    forward_only: bool = Field(default=False, description="no gradient and no optimizer")
 
 
 class RuntimeSpec(Spec):

@@ -45,7 +45,8 @@ class SamplingParams:
     """How to sample; the names are vLLM's and Tinker's. `n` completions of one prompt share its prefill.
 
     `top_k` 0 or -1 means off. Generation ends at EOS, at any of `stop_token_ids`, at any string of `stop`, or after
-    `max_tokens`; the token that ended it is part of the completion.
+    `max_tokens`; the token that ended it is part of the completion. `adapter` names the LoRA adapter to sample with;
+    None is the base.
     """
 
     n: int = 1
@@ -56,6 +57,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,11 +225,13 @@ class ForwardResult:
     """Target log-probabilities (one float32 array of length T per datum, in order) and metrics.
 
     Metric names are `name:reduction` (sum, mean, min, max), as on the Tinker wire, so that results of several
-    chunks can be merged.
+    chunks can be merged. `top_k` is there when it was asked for: per datum (token ids [T, K] int64, log-probabilities
+    [T, K] float32) of the K likeliest tokens at each position, likeliest first.
     """
 
     logprobs: tuple[Floats, ...]
     metrics: Mapping[str, float]
+    top_k: tuple[tuple[NDArray[np.int64], Floats], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +247,8 @@ class AdamParams:
 
 
 Normalization = Literal["num_loss_tokens", "num_sequences", "none"]
+SaveKind = Literal["state", "adapter", "pretrained"]
+LoadKind = Literal["state", "weights", "adapter"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,52 +1,33 @@
-"""The policy trainer: weights, gradients, optimizer and version, synchronous, in one thread.
+"""The policy trainer: all weights of one model in training, synchronous, in one thread.
+
+Gradients and the optimizer are `rlorch.engine.learner`; this is what is around them: loading, publishing, files.
 
 Invariants:
     - Master weights and Adam moments are float32; the compute dtype is autocast's. No dropout, no other chance.
-    - Gradients are *sums*: those of several `forward_backward` calls add up until `optim_step`, which divides them by
-      what its normalisation counts, clips, and steps. On a CPU equal calls give equal bits.
-    - A call that is refused (`UserError`) changed nothing. One that fails half-way spoils the accumulated gradient:
-      it is dropped, and the next `optim_step` says so instead of stepping with a part.
     - A delta is made against the bits that were last *published*, not last exported: a publish that fails half-way
       leaves a base that every sampler still has.
-
-B rows, T tokens of a row, N selected positions of a micro-batch.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from rlorch.engine import files
-from rlorch.engine.adamw import AdamW
-from rlorch.engine.collate import MicroBatch, lay_out, micro_batches
 from rlorch.engine.forward import score
-from rlorch.engine.logprobs import target_logprobs
+from rlorch.engine.learner import Learner
 from rlorch.engine.model import load_policy
 from rlorch.engine.serving import Bits, bit_views, resolve_serve_dtype, serving_tensors
 from rlorch.engine.tokenizer import load_tokenizer
-from rlorch.errors import RlorchError, StorageError, UserError, WeightsError
-from rlorch.losses import Loss, find_loss
+from rlorch.errors import StorageError, UserError, WeightsError
 from rlorch.specs import TrainerSpec, WeightsSpec
-from rlorch.types import AdamParams, Datum, Floats, ForwardResult, LossSpec, Manifest, Normalization, StepResult
+from rlorch.types import AdamParams, Datum, ForwardResult, LossSpec, Manifest, Normalization, StepResult
 from rlorch.weights.codec import encode_update
 
 FORMAT = 1
 """Layout of what `save` writes."""
 STATE_FILE = "trainer.json"
-
-
-@dataclass(slots=True)
-class Accumulated:
-    """What the gradient holds: `calls` of forward_backward, their loss tokens (sum of masks) and rows."""
-
-    calls: int = 0
-    num_loss_tokens: float = 0.0
-    num_sequences: int = 0
-    failure: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,16 +61,14 @@ class TorchTrainer:
             activation_checkpointing=spec.activation_checkpointing,
         )
         self._parameters = dict(self._policy.model.named_parameters())
-        self._adamw = AdamW(self._parameters)
-        self._version = 0
-        self._accumulated = Accumulated()
+        self._learner = Learner(self._policy, spec, self._parameters)
         self._exported: Exported | None = None
         self._published: Exported | None = None
 
     @property
     def version(self) -> int:
         """Optimizer steps applied."""
-        return self._version
+        return self._learner.version
 
     # --- computing ------------------------------------------------------------------------------------------
 
@@ -98,102 +77,27 @@ class TorchTrainer:
         return ForwardResult(score(self._policy, self._spec, datums), {})
 
     def forward_backward(self, datums: Sequence[Datum], loss: LossSpec) -> ForwardResult:
-        """Add the gradient of the summed loss.
-
-        Returns:
-            Log-probabilities at the positions that contribute (mask or weight not 0) and 0 elsewhere; the loss's
-            metrics, and `entropy:sum` for losses that have a mask.
-
-        Raises:
-            ConfigError: an unknown loss or option.
-            UserError: a datum that does not fit the model or the loss.
-        """
-        kind = find_loss(loss.name)
-        config = kind.configure(loss.config)
-        rows = lay_out(
-            datums, vocab_size=self._policy.vocab_size, max_tokens=self._policy.max_tokens, loss=kind, config=config
-        )
-        logprobs_N = np.zeros(len(rows.tokens_N), dtype=np.float32)
-        metrics: list[dict[str, torch.Tensor]] = []
-        try:
-            for batch in micro_batches(rows, self._spec.micro_batch_tokens, self._policy.device):
-                values_N, measured = self._backward(batch, kind, config)
-                logprobs_N[batch.sources_N] = values_N
-                metrics.append(measured)
-        except Exception as error:
-            self._adamw.clear()
-            self._accumulated = Accumulated(failure=f"{type(error).__name__}: {error}")
-            raise
-        merged = _merge(metrics) or {"loss:sum": 0.0, "num_loss_tokens:sum": 0.0}
-        self._accumulated.calls += 1
-        self._accumulated.num_loss_tokens += merged["num_loss_tokens:sum"]
-        self._accumulated.num_sequences += len(datums)
-        return ForwardResult(rows.unpack(logprobs_N), merged)
+        """See `Learner.forward_backward`."""
+        return self._learner.forward_backward(datums, loss)
 
     def optim_step(self, adam: AdamParams, normalization: Normalization) -> StepResult:
-        """Divide the accumulated gradient, clip it, step AdamW, clear it; version + 1.
-
-        Raises:
-            UserError: nothing was accumulated.
-            RlorchError: a forward_backward since the last step failed, so the gradient is incomplete.
-            NonFiniteError: the gradient is not finite.
-            In all cases weights, moments and version are unchanged and the gradient is dropped.
-        """
-        done, self._accumulated = self._accumulated, Accumulated()
-        if done.failure is not None:
-            self._adamw.clear()
-            raise RlorchError(
-                f"a forward_backward before the step to version {self._version + 1} failed ({done.failure}), so its "
-                "gradient is incomplete and was dropped; repeat the forward_backward calls, then step"
-            )
-        if done.calls == 0:
-            raise UserError(f"optim_step at version {self._version}: no forward_backward came before it")
-        divisor = {"num_loss_tokens": done.num_loss_tokens, "num_sequences": done.num_sequences, "none": 1.0}
-        grad_norm = self._adamw.step(adam, float(divisor[normalization]) or 1.0)
-        self._version += 1
-        return StepResult(
-            self._version,
-            {
-                "grad_norm:last": grad_norm,
-                "learning_rate:last": adam.learning_rate,
-                "num_loss_tokens:last": done.num_loss_tokens,
-                "num_sequences:last": float(done.num_sequences),
-            },
-        )
-
-    def _backward(
-        self, batch: MicroBatch, loss: Loss, config: Mapping[str, float | str]
-    ) -> tuple[Floats, dict[str, torch.Tensor]]:
-        """Forward and backward of one micro-batch: its log-probs [N] and metrics."""
-        with self._policy.computing():
-            hidden_ND = self._policy.hidden(batch.tokens_BT).flatten(0, 1)[batch.positions_N]
-            logprobs_N, entropy_N = target_logprobs(
-                self._policy.head,
-                hidden_ND,
-                batch.targets_N,
-                self._spec.logprob_chunk_tokens,
-                with_entropy=loss.selector == "mask",
-            )
-        result = loss.function(logprobs_N, batch.inputs, batch.lengths_B, config)
-        result.loss.backward()
-        metrics = dict(result.metrics)
-        if entropy_N is not None:
-            mask_N = batch.inputs.get("mask")
-            metrics["entropy:sum"] = (entropy_N if mask_N is None else mask_N * entropy_N).sum()
-        return logprobs_N.detach().cpu().numpy(), metrics
+        """See `Learner.optim_step`."""
+        return self._learner.optim_step(adam, normalization)
 
     # --- publishing -----------------------------------------------------------------------------------------
 
-    def export(self, kind: str) -> tuple[Manifest, bytes]:
-        """The current version as an "anchor", or as a "delta" against the last published bits (an anchor when there
-        are none, or when they are of this very version). Idempotent."""
+    def export(self, kind: str, number: int | None = None) -> tuple[Manifest, bytes]:
+        """The current weights as an "anchor", or as a "delta" against the last published bits (an anchor when there
+        are none, or when they have this very number). They are published as version `number`: by default the count of
+        optimizer steps, which a run publishes once each. Idempotent."""
         if kind not in ("anchor", "delta"):
             raise UserError(f"export of kind {kind!r}; it must be anchor or delta")
+        number = self.version if number is None else number
         bits, dtypes = bit_views(serving_tensors(self._policy.model, self._serve_dtype))
         base = self._published
-        delta = kind == "delta" and base is not None and base.version < self._version
+        delta = kind == "delta" and base is not None and base.version < number
         manifest, payload = encode_update(
-            version=self._version,
+            version=number,
             kind="delta" if delta else "anchor",
             base_version=base.version if delta and base else None,
             base=base.bits if delta and base else None,
@@ -201,7 +105,7 @@ class TorchTrainer:
             dtypes=dtypes,
             zstd_level=self._zstd_level,
         )
-        self._exported = Exported(self._version, bits)
+        self._exported = Exported(number, bits)
         return manifest, payload
 
     def published(self, version: int) -> None:
@@ -233,10 +137,10 @@ class TorchTrainer:
         """
         directory = files.empty_directory(path)
         files.write_tensors(directory, "weights", self._state())
-        files.write_tensors(directory, "optimizer", self._adamw.tensors())
+        files.write_tensors(directory, "optimizer", self._learner.adamw.tensors())
         files.write_tensors(directory, "generator", files.rng_tensors())
         digests = files.seal(directory)
-        files.write_record(directory / STATE_FILE, {"format": FORMAT, "version": self._version, "files": digests})
+        files.write_record(directory / STATE_FILE, {"format": FORMAT, "version": self.version, "files": digests})
         return files.seal(directory)
 
     def load(self, path: str) -> int:
@@ -258,13 +162,12 @@ class TorchTrainer:
         with torch.no_grad():
             for name, tensor in files.read_tensors(directory, "weights"):
                 live[name].copy_(tensor)
-        self._adamw.clear()
-        self._adamw.restore(files.read_tensors(directory, "optimizer"))
+        self._learner.drop()
+        self._learner.adamw.restore(files.read_tensors(directory, "optimizer"))
         files.restore_rng(dict(files.read_tensors(directory, "generator")))
-        self._accumulated = Accumulated()
         self._exported = self._published = None
-        self._version = int(state["version"])
-        return self._version
+        self._learner.version = int(state["version"])
+        return self.version
 
     def save_pretrained(self, path: str) -> None:
         """Write a model directory in the serve dtype, tokenizer included, into the empty directory `path`.
@@ -300,13 +203,3 @@ class TorchTrainer:
                 f"{directory} is a checkpoint of another model: {len(differing)} tensors differ, first "
                 f"{differing[0]!r} ({found.get(differing[0])} there, {expected.get(differing[0])} here)"
             )
-
-
-def _merge(metrics: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
-    """Metrics of micro-batches as one, by their reductions; one device synchronisation."""
-    if not metrics:
-        return {}
-    names = list(metrics[0])
-    values_BK = torch.stack([torch.stack([part[name] for name in names]).double() for part in metrics])
-    total, largest = values_BK.sum(0).tolist(), values_BK.amax(0).tolist()
-    return {name: largest[i] if name.endswith(":max") else total[i] for i, name in enumerate(names)}

@@ -38,7 +38,7 @@ def train(engine, steps, rate=1e-3):
 
 def state(engine):
     live = {n: p.detach().clone() for n, p in engine._parameters.items()}
-    return live | {n: t.clone() for n, t in engine._adamw.tensors().items()}
+    return live | {n: t.clone() for n, t in engine._learner.adamw.tensors().items()}
 
 
 def same_bits(a, b):

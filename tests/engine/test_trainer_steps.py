@@ -158,14 +158,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_dropped(directory)
     engine = trainer(directory)
     engine.forward_backward(rows(1, [9]), TIS)
     engine.optim_step(ADAM, "none")
-    before, moments = weights(engine), {n: t.clone() for n, t in engine._adamw.tensors().items()}
+    before, moments = weights(engine), {n: t.clone() for n, t in engine._learner.adamw.tensors().items()}
     engine.forward_backward(rows(1, [9]), TIS)
     engine._parameters["model.norm.weight"].grad[3] = float("nan")
     with pytest.raises(NonFiniteError, match=r"1 of 46 gradients are not finite, first \['model.norm.weight'\]"):
         engine.optim_step(ADAM, "none")
     assert engine.version == 1
     assert_same_bits(before, weights(engine))
-    assert_same_bits(moments, engine._adamw.tensors())
+    assert_same_bits(moments, engine._learner.adamw.tensors())
     engine.forward_backward(rows(1, [9]), TIS)
     assert engine.optim_step(ADAM, "none").version == 2
 

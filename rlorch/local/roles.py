@@ -1,4 +1,4 @@
-"""All roles in this process: the engines behind the ports, one hop each.
+"""One role each over its engine, in this process.
 
 `LocalTrainer`, `LocalReference` and `LocalSampler` are the only places where asyncio meets an engine: a `Lane` runs
 torch calls in order on one thread, a sampler engine answers with futures of its own thread. The Ray actors wrap
@@ -7,13 +7,11 @@ these same classes, so a run without Ray (`runtime: local`, breakpoints work) is
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from rlorch.aio import Lane, deadline
-from rlorch.ports import RewardWorker, Tokenizer, WeightStore
-from rlorch.scoring.worker import ProcessRewardWorker
+from rlorch.aio import Lane
+from rlorch.ports import WeightStore
 from rlorch.specs import RuntimeSpec, TrainerSpec, WeightsSpec
 from rlorch.types import (
     AdamParams,
@@ -30,7 +28,6 @@ from rlorch.types import (
     StepResult,
     Tokens,
 )
-from rlorch.weights.store import FileWeightStore
 
 if TYPE_CHECKING:
     from rlorch.engine.reference import TorchReference
@@ -38,8 +35,6 @@ if TYPE_CHECKING:
     from rlorch.engine.trainer import TorchTrainer
 
 log = logging.getLogger(__name__)
-
-R = TypeVar("R", bound="LocalTrainer | LocalReference | LocalSampler | ProcessRewardWorker")
 
 
 class LocalTrainer:
@@ -191,84 +186,3 @@ class LocalSampler:
         """Stop the engine; waiting requests fail."""
         await self._lane.run(self._engine.close)
         self._lane.close()
-
-
-class LocalRuntime:
-    """The Runtime port in this process. Reward workers are child processes here as everywhere.
-
-    Engines load one at a time: transformers builds a model under a default dtype that holds for the whole process, and
-    a model that another thread builds meanwhile gets some of its tensors in it.
-    """
-
-    def __init__(self, spec: RuntimeSpec) -> None:
-        self._spec = spec
-        self._loading = asyncio.Lock()
-        self._store = FileWeightStore(Path(spec.run_dir) / "weights", spec.weights)
-        self._roles: dict[str, LocalTrainer | LocalReference | LocalSampler | ProcessRewardWorker] = {}
-
-    def tokenizer(self) -> Tokenizer:
-        """See `Runtime.tokenizer`."""
-        from rlorch.engine.tokenizer import load_tokenizer
-
-        return load_tokenizer(self._spec.model)
-
-    def weight_store(self) -> WeightStore:
-        """See `Runtime.weight_store`."""
-        return self._store
-
-    async def trainer(self) -> LocalTrainer:
-        """See `Runtime.trainer`."""
-        spec = self._spec
-
-        async def start() -> LocalTrainer:
-            async with self._loading:
-                return await LocalTrainer.start(spec.model, spec.trainer, spec.weights, self._store)
-
-        return await self._start("trainer", start)
-
-    async def reference(self) -> LocalReference:
-        """See `Runtime.reference`."""
-
-        async def start() -> LocalReference:
-            async with self._loading:
-                return await LocalReference.start(self._spec.model, self._spec.trainer)
-
-        return await self._start("reference", start)
-
-    async def sampler(self, name: str) -> LocalSampler:
-        """See `Runtime.sampler`."""
-
-        async def start() -> LocalSampler:
-            async with self._loading:
-                return await LocalSampler.start(self._spec, self._store)
-
-        return await self._start(name, start)
-
-    async def reward_worker(self, name: str) -> RewardWorker:
-        """See `Runtime.reward_worker`."""
-        rewards = self._spec.rewards
-        if rewards is None:
-            raise ValueError("this runtime was given no rewards")
-
-        async def start() -> ProcessRewardWorker:
-            worker = ProcessRewardWorker(rewards)
-            await worker.start()
-            return worker
-
-        return await self._start(name, start)
-
-    async def stop(self) -> None:
-        """See `Runtime.stop`."""
-        roles, self._roles = self._roles, {}
-        for name, role in roles.items():
-            try:
-                async with deadline(30.0, f"{name}: did not close"):
-                    await role.close()
-            except TimeoutError as error:
-                log.warning("%s", error)
-
-    async def _start(self, name: str, start: Callable[[], Awaitable[R]]) -> R:
-        if (old := self._roles.pop(name, None)) is not None:
-            await old.close()
-        self._roles[name] = role = await start()
-        return role
