@@ -140,9 +140,10 @@ class WeightsContract:
     def test_a_request_that_waits_during_a_commit_is_computed_with_the_new_weights_alone(
         self, engine: SamplerEngine, world: World
     ) -> None:
-        prompt_T, params = prompt(2, 200), replace(LONG, max_tokens=40)
+        prompt_T, params = prompt(2, 200), replace(LONG, max_tokens=50)
+        update = world.advance(world.dense(1))
         futures = [engine.submit(prompt_T, params, f"r{i}") for i in range(2 * MAX_NUM_SEQS)]
-        engine.stage(*world.advance(world.dense(1)))
+        engine.stage(*update)
         engine.commit(1)
         late = [c for future in futures for c in future.result(WAIT_S) if c.oldest_version == 1]
         assert len(late) >= MAX_NUM_SEQS

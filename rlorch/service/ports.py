@@ -1,0 +1,71 @@
+"""What the service needs of the world: processes that outlive whoever asked for them.
+
+Implementations: `rlorch.local` (this process; they end with it) and `actors` (detached Ray actors). Starting is
+idempotent by name, so a service that was restarted finds what its predecessor started.
+"""
+
+from typing import Any, Protocol
+
+from rlorch.placement import Devices
+from rlorch.ports import Sampler, Tokenizer, TrainerHost
+from rlorch.specs import HostSpec, RuntimeSpec
+
+
+class Cluster(Protocol):
+    """Starts trainer hosts and sampler replicas, finds them again, and ends them."""
+
+    async def devices(self) -> Devices:
+        """What there is, free or not."""
+        ...
+
+    async def start_host(self, job_id: str, spec: HostSpec) -> TrainerHost:
+        """Start the trainer host of a job, or find it running. Waits until there is room for it, so give it a deadline.
+        Raises `PlacementError` when there never will be, `ModelError` when the model does not load. Idempotent."""
+        ...
+
+    async def find_host(self, job_id: str) -> TrainerHost | None:
+        """The running trainer host of a job; None when there is none that answers."""
+        ...
+
+    async def stop_host(self, job_id: str) -> None:
+        """End a trainer host and free its devices; unknown ids are ignored. Idempotent."""
+        ...
+
+    async def start_sampler(self, name: str, spec: RuntimeSpec) -> Sampler:
+        """Start a sampler replica, or find it running. It fetches payloads from `spec.run_dir`/weights and serves after
+        its first `load`. Raises as `start_host`. Idempotent."""
+        ...
+
+    async def find_sampler(self, name: str) -> Sampler | None:
+        """The running replica of that name; None when there is none that answers."""
+        ...
+
+    async def stop_sampler(self, name: str) -> None:
+        """End a replica; unknown names are ignored. Idempotent."""
+        ...
+
+    def tokenizer(self, model: str) -> Tokenizer:
+        """The tokenizer of a model directory, in this process."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of everything without ending what outlives this process. Idempotent."""
+        ...
+
+
+class Link(Protocol):
+    """The way to a service: in this process, or in an actor that outlives it."""
+
+    async def call(self, part: str, method: str, /, **arguments: Any) -> Any:
+        """Call `method` of a part of the service ("jobs", "models", "checkpoints", "deployments", see
+        `rlorch.service.service.Service`) and return its value; its errors arrive as they were raised.
+
+        Raises:
+            ReplicaLostError: the service is gone; it is restarted, call again.
+            UserError: no such part or method.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Let go of the service, which goes on. Idempotent."""
+        ...
