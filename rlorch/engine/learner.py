@@ -47,10 +47,11 @@ class Learner:
         self._spec = spec
         self._accumulated = Accumulated()
 
-    def drop(self) -> None:
-        """Forget what has been accumulated."""
+    def drop(self) -> int:
+        """Forget what has been accumulated; returns how many forward_backward calls that was."""
+        dropped, self._accumulated = self._accumulated.calls, Accumulated()
         self.adamw.clear()
-        self._accumulated = Accumulated()
+        return dropped
 
     def forward_backward(self, datums: Sequence[Datum], loss: LossSpec) -> ForwardResult:
         """Add the gradient of the summed loss.
@@ -68,7 +69,7 @@ class Learner:
         rows = lay_out(
             datums, vocab_size=self._policy.vocab_size, max_tokens=self._policy.max_tokens, loss=kind, config=config
         )
-        logprobs_N = np.zeros(len(rows.tokens_N), dtype=np.float32)
+        logprobs_N = np.zeros(rows.targets_N.shape, dtype=np.float32)
         metrics: list[dict[str, torch.Tensor]] = []
         try:
             for batch in micro_batches(rows, self._spec.micro_batch_tokens, self._policy.device):

@@ -20,6 +20,7 @@ from rlorch.engine.learner import Learner
 from rlorch.engine.model import load_policy
 from rlorch.engine.serving import Bits, bit_views, resolve_serve_dtype, serving_tensors
 from rlorch.engine.tokenizer import load_tokenizer
+from rlorch.engine.top_k import score_top_k
 from rlorch.errors import StorageError, UserError, WeightsError
 from rlorch.specs import TrainerSpec, WeightsSpec
 from rlorch.types import AdamParams, Datum, ForwardResult, LossSpec, Manifest, Normalization, StepResult
@@ -72,8 +73,11 @@ class TorchTrainer:
 
     # --- computing ------------------------------------------------------------------------------------------
 
-    def forward(self, datums: Sequence[Datum]) -> ForwardResult:
-        """Log-probabilities of every target under the current weights. Raises `UserError`."""
+    def forward(self, datums: Sequence[Datum], top_k: int = 0) -> ForwardResult:
+        """Log-probabilities of every target under the current weights, and the `top_k` likeliest tokens of each
+        position. Raises `UserError`."""
+        if top_k:
+            return score_top_k(self._policy, self._spec, datums, top_k)
         return ForwardResult(score(self._policy, self._spec, datums), {})
 
     def forward_backward(self, datums: Sequence[Datum], loss: LossSpec) -> ForwardResult:
@@ -83,6 +87,10 @@ class TorchTrainer:
     def optim_step(self, adam: AdamParams, normalization: Normalization) -> StepResult:
         """See `Learner.optim_step`."""
         return self._learner.optim_step(adam, normalization)
+
+    def drop(self) -> int:
+        """See `Learner.drop`."""
+        return self._learner.drop()
 
     # --- publishing -----------------------------------------------------------------------------------------
 
@@ -143,11 +151,12 @@ class TorchTrainer:
         files.write_record(directory / STATE_FILE, {"format": FORMAT, "version": self.version, "files": digests})
         return files.seal(directory)
 
-    def load(self, path: str) -> int:
+    def load(self, path: str, *, optimizer: bool = True) -> int:
         """Read what `save` wrote; returns the version. Idempotent.
 
         All files are verified before anything changes. Drops accumulated gradients and the published base, so that
-        the next export is an anchor.
+        the next export is an anchor. Without `optimizer` the moments start anew; the version is the state's all the
+        same.
 
         Raises:
             StorageError: a file is absent, damaged, or of another model; nothing was changed.
@@ -163,7 +172,7 @@ class TorchTrainer:
             for name, tensor in files.read_tensors(directory, "weights"):
                 live[name].copy_(tensor)
         self._learner.drop()
-        self._learner.adamw.restore(files.read_tensors(directory, "optimizer"))
+        self._learner.adamw.restore(files.read_tensors(directory, "optimizer") if optimizer else iter(()))
         files.restore_rng(dict(files.read_tensors(directory, "generator")))
         self._exported = self._published = None
         self._learner.version = int(state["version"])
