@@ -206,6 +206,8 @@ class Datum:
     Keys (float32 unless marked): `target_tokens` (int64, always); `weights` (cross_entropy); `logprobs`
     (behaviour policy), `advantages`, `mask` (1 where the policy sampled the target; default: all ones),
     `old_logprobs` (proximal policy, optional), `ref_logprobs` (reference, optional).
+
+    For soft targets `target_tokens` and `weights` are [T, K]: K weighted tokens per position (cross_entropy only).
     """
 
     tokens_T: NDArray[np.int64]

@@ -26,10 +26,10 @@ from rlorch.scoring.advantage import AdvantageKind, FailurePolicy, GroupAdvantag
 from rlorch.specs import Spec
 from rlorch.types import Batch, Datum, Floats, Group, LossSpec, Normalization, Rollout, Verdict
 
-PolicyLoss = Literal["importance_sampling", "ppo", "cispo", "gspo", "dro", "reinforce"]
+PolicyLoss = Literal["importance_sampling", "ppo", "cispo", "gspo", "dro", "reinforce", "dppo"]
 LossAverage = Literal["token", "sequence", "constant"]
 
-CLIPPED_LOSSES = frozenset({"ppo", "cispo", "gspo"})
+CLIPPED_LOSSES = frozenset({"ppo", "cispo", "gspo", "dppo"})
 DEFAULT_TIS_CAP = 2.0  # at staleness 1 to 3 under 1% of tokens reach it
 
 _UNSCORED = Verdict(failure="crash", detail="never scored")

@@ -7,7 +7,10 @@ Results go back by flat index, so the order never leaks out.
 
 Only *selected* positions get logits: those whose mask or weight is not 0 (all of them without a loss).
 
-B rows of a micro-batch, T tokens of its longest row, N positions end to end.
+A position may have K target tokens instead of one (soft targets): then target tokens and loss inputs are [T, K], for
+all datums of a call, and a position is selected when any of its K is.
+
+B rows of a micro-batch, T tokens of its longest row, N positions end to end, K target tokens of one position.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +34,8 @@ tiny model and a CPU: 12% faster than no such cut; on a GPU kernel launches domi
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """All datums of a call, end to end. `starts_B` are offsets, `selected_N` the positions that get logits."""
+    """All datums of a call, end to end. `starts_B` are offsets, `selected_N` the positions that get logits. Targets and
+    inputs are [N, K] where positions have K targets."""
 
     tokens_N: NDArray[np.int64]
     targets_N: NDArray[np.int64]
@@ -41,7 +45,7 @@ class Rows:
     lengths_B: NDArray[np.int64]
 
     def unpack(self, values_N: Floats) -> tuple[Floats, ...]:
-        """One array per datum, in order."""
+        """One array per datum, in order, of values by position ([N] or [N, K])."""
         return tuple(np.split(values_N, self.starts_B[1:]))
 
 
@@ -75,7 +79,8 @@ def lay_out(
     lengths_B = np.array([_length(index, datum, max_tokens) for index, datum in enumerate(datums)])
     starts_B = np.cumsum(lengths_B) - lengths_B
     tokens_N = np.concatenate([np.asarray(datum.tokens_T) for datum in datums])
-    targets_N = _joined(datums, lengths_B, "target_tokens")
+    num_targets = _num_targets(datums, loss)
+    targets_N = _joined(datums, lengths_B, "target_tokens", num_targets)
     _require(starts_B, (tokens_N >= 0) & (tokens_N < vocab_size), "tokens", f"a token id outside [0, {vocab_size})")
     _require(
         starts_B, (targets_N >= 0) & (targets_N < vocab_size), "target_tokens", f"a token id outside [0, {vocab_size})"
@@ -83,11 +88,12 @@ def lay_out(
     inputs: dict[str, Floats] = {}
     selected_N = np.ones(len(tokens_N), dtype=np.bool_)
     if loss is not None:
-        inputs = _loss_inputs(datums, lengths_B, loss, loss.needs(config or {}))
+        inputs = _loss_inputs(datums, lengths_B, loss, loss.needs(config or {}), num_targets)
         if loss.selector in inputs:
-            selected_N = inputs[loss.selector] != 0
+            selected_N = np.logical_or.reduce(_by_position(inputs[loss.selector] != 0), axis=1)
         for key, values_N in inputs.items():
-            _require(starts_B, np.isfinite(values_N) | ~selected_N, key, "a value that is not finite")
+            finite_N = np.logical_and.reduce(_by_position(np.isfinite(values_N)), axis=1)
+            _require(starts_B, finite_N | ~selected_N, key, "a value that is not finite")
         if loss.selector in inputs and not loss.signed:
             _require(starts_B, inputs[loss.selector] >= 0, loss.selector, "a negative value")
     return Rows(
@@ -162,16 +168,43 @@ def _length(index: int, datum: Datum, max_tokens: int) -> int:
     return shape[0]
 
 
-def _joined(datums: Sequence[Datum], lengths_B: NDArray[np.int64], key: str) -> NDArray[Any]:
-    """One loss input of all datums, end to end, shapes checked."""
+def _num_targets(datums: Sequence[Datum], loss: Loss | None) -> int | None:
+    """K where positions have K target tokens, None where they have one. `_joined` checks that all datums agree."""
+    shapes = [np.shape(datum.loss_inputs.get("target_tokens", ())) for datum in datums]
+    soft = next(((index, shape) for index, shape in enumerate(shapes) if len(shape) == 2), None)
+    if soft is None:
+        return None
+    index, shape = soft
+    if loss is not None and not loss.soft:
+        raise UserError(
+            f"datum {index}: target_tokens have shape {shape}; loss {loss.name!r} takes one target per position, only "
+            "cross_entropy takes several"
+        )
+    if shape[1] == 0:
+        raise UserError(f"datum {index}: target_tokens have shape {shape}; a position needs at least one target")
+    return shape[1]
+
+
+def _by_position(values_N: NDArray[Any]) -> NDArray[Any]:
+    """[N] or [N, K] as [N, 1] or [N, K]."""
+    return values_N.reshape(len(values_N), -1)
+
+
+def _joined(
+    datums: Sequence[Datum], lengths_B: NDArray[np.int64], key: str, num_targets: int | None = None
+) -> NDArray[Any]:
+    """One loss input of all datums, end to end, shapes checked: [N], or [N, K] for `num_targets` K."""
+    columns = () if num_targets is None else (num_targets,)
     arrays: list[NDArray[Any]] = []
     for index, datum in enumerate(datums):
         if key not in datum.loss_inputs:
             raise UserError(f"datum {index}: loss input {key!r} is missing; it has {sorted(datum.loss_inputs)}")
         array = np.asarray(datum.loss_inputs[key])
-        if array.shape != (lengths_B[index],):
+        if array.shape != (lengths_B[index], *columns):
+            targets = f" and this call {num_targets} targets per token" if columns else ""
             raise UserError(
                 f"datum {index}: loss input {key!r} has shape {array.shape}, the datum has {lengths_B[index]} tokens"
+                f"{targets}"
             )
         if array.dtype.kind not in ("iu" if key == "target_tokens" else "iufb"):
             raise UserError(f"datum {index}: loss input {key!r} has dtype {array.dtype}")
@@ -180,15 +213,17 @@ def _joined(datums: Sequence[Datum], lengths_B: NDArray[np.int64], key: str) -> 
 
 
 def _loss_inputs(
-    datums: Sequence[Datum], lengths_B: NDArray[np.int64], loss: Loss, needed: Sequence[str]
+    datums: Sequence[Datum], lengths_B: NDArray[np.int64], loss: Loss, needed: Sequence[str], num_targets: int | None
 ) -> dict[str, Floats]:
     """The float inputs that the loss reads. An optional key is there for all datums or for none."""
     optional = [key for key in loss.optional if key not in needed and any(key in d.loss_inputs for d in datums)]
-    return {key: _joined(datums, lengths_B, key).astype(np.float32, copy=False) for key in (*needed, *optional)}
+    keys = (*needed, *optional)
+    return {key: _joined(datums, lengths_B, key, num_targets).astype(np.float32, copy=False) for key in keys}
 
 
 def _require(starts_B: NDArray[np.int64], good_N: NDArray[np.bool_], key: str, problem: str) -> None:
-    """Raise `UserError` naming the datum and position of the first False."""
+    """Raise `UserError` naming the datum and position of the first False of [N] or [N, K]."""
+    good_N = np.logical_and.reduce(_by_position(good_N), axis=1)
     if good_N.all():
         return
     flat = int(np.argmin(good_N))

@@ -24,7 +24,7 @@ def score(policy: Policy, spec: TrainerSpec, datums: Sequence[Datum]) -> tuple[F
         UserError: a datum that does not fit the model.
     """
     rows = lay_out(datums, vocab_size=policy.vocab_size, max_tokens=policy.max_tokens)
-    logprobs_N = np.empty(len(rows.tokens_N), dtype=np.float32)
+    logprobs_N = np.empty(rows.targets_N.shape, dtype=np.float32)
     for batch in micro_batches(rows, spec.micro_batch_tokens, policy.device):
         with policy.computing():
             hidden_ND = policy.hidden(batch.tokens_BT).flatten(0, 1)[batch.positions_N]

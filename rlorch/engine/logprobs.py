@@ -4,7 +4,7 @@ One float32 row of logits of a 152k vocabulary takes 0.6 MB, so 8192 positions w
 softmax and gradient. Each chunk is checkpointed: the backward pass computes its logits again, so memory is bounded
 there too, for one more product with the output layer. A single chunk is within the bound as it is and not recomputed.
 
-N positions, D hidden width, V vocabulary.
+N positions, D hidden width, V vocabulary, K target tokens of one position.
 """
 
 import torch
@@ -22,12 +22,12 @@ def target_logprobs(
     Args:
         head: the output layer.
         hidden_ND: last hidden states of the positions that predict.
-        targets_N: int64 token ids.
+        targets_N: int64 token ids; also [N, K], for K targets at each position.
         chunk_tokens: positions whose logits may exist at once.
         with_entropy: also the entropy of each position's distribution, in nats, without gradient.
 
     Returns:
-        (logprobs_N, entropy_N or None).
+        (logprobs_N, of the shape of the targets; entropy_N or None).
     """
     starts = range(0, max(hidden_ND.shape[0], 1), chunk_tokens)
     entropies: list[Tensor | None] = [None] * len(starts)
@@ -36,7 +36,8 @@ def target_logprobs(
         scores_NV = head.logits(hidden_ND).log_softmax(-1)
         if with_entropy and entropies[index] is None:  # None only in the first pass, not when recomputed
             entropies[index] = _entropy(scores_NV.detach())
-        return scores_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)
+        columns_NK = targets_N if targets_N.ndim == 2 else targets_N.unsqueeze(-1)
+        return scores_NV.gather(-1, columns_NK).view_as(targets_N)
 
     recompute = len(starts) > 1 and torch.is_grad_enabled()
     pieces: list[Tensor] = []

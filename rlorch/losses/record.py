@@ -69,7 +69,8 @@ class Loss:
     `required` and `optional` are `Datum.loss_inputs` keys besides `target_tokens`. `selector` is the key whose
     non-zero positions contribute; where a datum lacks it, all positions do. `signed` says that the selector may be
     any real number (cross-entropy weights) rather than a weight >= 0 (mask); then non-zero positions are *counted*
-    as loss tokens, otherwise the selector's values are *summed*.
+    as loss tokens, otherwise the selector's values are *summed*. `soft` losses take K targets per position: the
+    log-probs and all inputs are then [N, K].
     """
 
     name: str
@@ -78,6 +79,7 @@ class Loss:
     optional: tuple[str, ...]
     selector: str
     signed: bool = False
+    soft: bool = False
     options: Mapping[str, Option] = field(default_factory=dict[str, Option])
 
     def configure(self, config: Config) -> dict[str, float | str]:

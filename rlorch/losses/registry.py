@@ -1,11 +1,12 @@
 """Losses by name."""
 
 from rlorch.errors import ConfigError
-from rlorch.losses import cispo, cross_entropy, dro, gspo, importance_sampling, ppo, reinforce
+from rlorch.losses import cispo, cross_entropy, dppo, dro, gspo, importance_sampling, ppo, reinforce
 from rlorch.losses.record import Loss, nearest
 
 LOSSES: dict[str, Loss] = {
-    module.LOSS.name: module.LOSS for module in (cross_entropy, importance_sampling, ppo, cispo, gspo, dro, reinforce)
+    module.LOSS.name: module.LOSS
+    for module in (cross_entropy, importance_sampling, ppo, cispo, gspo, dro, reinforce, dppo)
 }
 """Every loss. `Loss.configure` checks options, `Loss.required` and `Loss.optional` name the inputs."""
 

@@ -8,7 +8,7 @@ import torch
 
 from rlorch.losses import LOSSES
 
-POLICY = ["importance_sampling", "ppo", "cispo", "gspo", "dro", "reinforce"]
+POLICY = ["importance_sampling", "ppo", "cispo", "gspo", "dro", "reinforce", "dppo"]
 
 
 def clamp(x, bound):
@@ -45,6 +45,14 @@ def slow_clip(ratio, slope, advantage, low, high):
     return -ratio * advantage, -slope * advantage
 
 
+def slow_divergence(kind, q, lp):
+    behaviour, current = math.exp(q), math.exp(lp)
+    if kind == "tv":
+        return abs(behaviour - current)
+    behaviour, current = (min(max(p, 1e-7), 1 - 1e-7) for p in (behaviour, current))
+    return sum(p * math.log(p / r) for p, r in ((behaviour, current), (1 - behaviour, 1 - current)))
+
+
 def slow_objective(name, t, sequence_ratio, config):
     """(l, dl/dlp) of one token."""
     lp, a = t["lp"], t["A"]
@@ -59,6 +67,12 @@ def slow_objective(name, t, sequence_ratio, config):
         pull = lp - t["penalty"]
         return 0.5 * config["beta"] * pull**2 - a * lp, config["beta"] * pull - a
     ratio = math.exp(clamp(difference, 20))
+    if name == "dppo":
+        far = slow_divergence(config["divergence"], t["q"], lp)
+        beyond = (a > 0 and lp > t["q"] and far > config["delta_high"]) or (
+            a < 0 and lp < t["q"] and far > config["delta_low"]
+        )
+        return (0.0, 0.0) if beyond else (-ratio * a, -ratio * a if abs(difference) <= 20 else 0.0)
     low, high = config["clip_low_threshold"], config["clip_high_threshold"]
     if name == "cispo":
         weight = min(max(ratio, low), high)
@@ -149,6 +163,9 @@ def random_case(rng, name):
         options["icepop"] = float(rng.uniform(1, 4))
     if name == "ppo" and rng.random() < 0.5:
         options["dual_clip"] = float(rng.uniform(1.3, 4))
+    if name == "dppo":
+        options |= {"divergence": str(rng.choice(["tv", "kl"])), "delta_low": float(rng.uniform(0, 0.2))}
+        inputs["logprobs"] = np.minimum(inputs["logprobs"], 0.0)
     if name == "importance_sampling" and rng.random() < 0.5:
         options["ratio_log_cap"] = float(rng.uniform(0.1, 5))
     return lp, inputs, lengths, LOSSES[name].configure(options)
@@ -167,7 +184,7 @@ def test_value_and_gradient_equal_the_token_by_token_loop(name):
         assert metrics["num_loss_tokens:sum"] == pytest.approx(sum(inputs.get("mask", np.ones(len(lp)))))
 
 
-@pytest.mark.parametrize("name", ["importance_sampling", "ppo", "dro", "reinforce"])
+@pytest.mark.parametrize("name", ["importance_sampling", "ppo", "dro", "reinforce", "dppo"])
 def test_the_gradient_is_the_slope_of_the_loss_where_nothing_is_detached(name):
     """With `old_logprobs` anchor and weight are constants; cispo and gspo always detach the current policy."""
     rng = np.random.default_rng(3)

@@ -60,6 +60,19 @@ def test_icepop_drops_tokens_on_both_sides_and_keeps_the_bounds():
     assert metrics["icepop_masked_fraction:sum"] == 2
 
 
+@pytest.mark.parametrize(("divergence", "delta"), [("tv", 0.15), ("kl", 0.05)])
+def test_dppo_stops_only_tokens_that_moved_far_in_probability_and_would_move_further(divergence, delta):
+    was, now = [0.001, 0.9, 0.9, 0.5, 0.5], [0.004, 0.6, 0.6, 0.9, 0.52]
+    lp, q = [math.log(p) for p in now], [math.log(p) for p in was]
+    advantages = [1.0, -1.0, 1.0, 1.0, 1.0]
+    options = {"divergence": divergence, "delta_low": delta, "delta_high": delta}
+    found, metrics = gradient("dppo", lp, tensors(logprobs=q, advantages=advantages), [5], options)
+    assert found == pytest.approx([-4.0, 0.0, -0.6 / 0.9, 0.0, -0.52 / 0.5])
+    assert metrics["clip_fraction:sum"] == 2
+    ppo, _ = gradient("ppo", lp, tensors(logprobs=q, advantages=advantages), [5], {})
+    assert ppo[0] == 0.0, "a ratio of 4 is clipped, though only 0.003 of probability moved"
+
+
 def test_gspo_shares_one_ratio_per_sequence_and_keeps_token_advantages():
     lp, q = [-1.0, -1.2, -0.5], [-1.1, -1.1, -0.9]
     found, metrics = gradient("gspo", lp, tensors(logprobs=q, advantages=[1.0, 0.5, 1.0]), [2, 1], {})
@@ -108,6 +121,8 @@ def test_an_unknown_loss_or_option_names_the_nearest():
         ("reinforce", {"kl_beta": math.nan}),
         ("reinforce", {"icepop": 0.5}),
         ("dro", {"beta": "much"}),
+        ("dppo", {"divergence": "js"}),
+        ("dppo", {"delta_low": -0.1}),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_range(name, options):
