@@ -149,6 +149,11 @@ class RayRuntime:
         remote = await self._start(RewardActor, self._assignments[name], name, self._spec)
         return RayRewardWorker(remote, self._spec.rewards)
 
+    async def release(self, name: str) -> None:
+        """See `Runtime.release`."""
+        if (old := self._remotes.pop(name, None)) is not None:
+            old.kill()
+
     async def stop(self) -> None:
         """See `Runtime.stop`."""
         remotes, self._remotes = self._remotes, {}
@@ -156,8 +161,7 @@ class RayRuntime:
             remote.kill()
 
     async def _start(self, actor: ActorClass, place: Assignment, *args: Any) -> Remote:
-        if (old := self._remotes.pop(place.name, None)) is not None:
-            old.kill()
+        await self.release(place.name)
         handle = actor.options(**_options(place)).remote()
         remote = self._remotes[place.name] = Remote(place.name, handle)
         log_path = Path(self._spec.run_dir) / "logs" / f"{place.name}.log"

@@ -67,11 +67,15 @@ class ReferenceActor:
     async def start(self, spec: RuntimeSpec, threads: int) -> None:
         """Load the model."""
         prepare("reference", spec.run_dir, threads)
-        self._role = await LocalReference.start(spec.model, spec.trainer)
+        self._role = await LocalReference.start(spec.reference_model or spec.model, spec.trainer)
 
     async def logprobs(self, datums: Sequence[Datum]) -> tuple[Floats, ...]:
         """One hop."""
         return await self._role.logprobs(datums)
+
+    async def top_k(self, datums: Sequence[Datum], k: int) -> ForwardResult:
+        """One hop."""
+        return await self._role.top_k(datums, k)
 
 
 class RayTrainer:
@@ -122,3 +126,7 @@ class RayReference:
     async def logprobs(self, datums: Sequence[Datum]) -> tuple[Floats, ...]:
         """See `Reference.logprobs`."""
         return await self._remote.call("logprobs", datums, timeout_s=CALL_TIMEOUT_S)
+
+    async def top_k(self, datums: Sequence[Datum], k: int) -> ForwardResult:
+        """See `Reference.top_k`."""
+        return await self._remote.call("top_k", datums, k, timeout_s=CALL_TIMEOUT_S)

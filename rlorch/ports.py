@@ -131,6 +131,10 @@ class Reference(Protocol):
         """Target log-probabilities, one array of length T per datum. Idempotent."""
         ...
 
+    async def top_k(self, datums: Sequence[Datum], k: int) -> ForwardResult:
+        """Target log-probabilities, and the `k` likeliest tokens of each position. Idempotent."""
+        ...
+
 
 class Sampler(Protocol):
     """One replica of the policy that generates. It serves only weights whose digest it has checked."""
@@ -307,7 +311,7 @@ class Runtime(Protocol):
         ...
 
     async def reference(self) -> Reference:
-        """Start the reference: the initial weights, forward only."""
+        """Start the reference: the initial weights, or `RuntimeSpec.reference_model`, forward only."""
         ...
 
     async def sampler(self, name: str) -> Sampler:
@@ -316,6 +320,10 @@ class Runtime(Protocol):
 
     async def reward_worker(self, name: str) -> RewardWorker:
         """Start a reward worker."""
+        ...
+
+    async def release(self, name: str) -> None:
+        """End one role and free what it holds; unknown names are ignored. Idempotent."""
         ...
 
     async def stop(self) -> None:

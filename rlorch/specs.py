@@ -30,6 +30,7 @@ class TrainerSpec(Spec):
     )
     serve_dtype: Dtype = Field(default="auto", description="what samplers get; auto: bfloat16")
     ranks: int = Field(default=1, ge=1, description="processes (GPUs) of the trainer; weights are sharded (FSDP2)")
+    collective_timeout_s: float = Field(default=600.0, gt=0, description="longest wait of one rank for the others")
     micro_batch_tokens: int = Field(default=8192, ge=1, description="tokens per micro-batch, padding included")
     logprob_chunk_tokens: int = Field(default=1024, ge=1, description="positions whose logits exist at once")
     activation_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
@@ -37,6 +38,14 @@ class TrainerSpec(Spec):
         default=None, ge=1, description="torch CPU threads; default: cores left after the samplers"
     )
     seed: int = 0
+
+
+class Ranks(Spec):
+    """The place of one process among those that train one model together."""
+
+    rank: int = Field(default=0, ge=0)
+    world: int = Field(default=1, ge=1)
+    init_method: str = Field(default="", description="where they meet: tcp://host:port of rank 0, or file:///path")
 
 
 class LoraSpec(Spec):
@@ -138,6 +147,7 @@ class RuntimeSpec(Spec):
 
     model: str = Field(description="directory of the initial policy")
     run_dir: str = Field(description="seen by every role; holds weights/ and logs/")
+    reference_model: str | None = Field(default=None, description="directory of the reference; default: `model`")
     trainer: TrainerSpec = TrainerSpec()
     sampler: SamplerSpec = SamplerSpec()
     rewards: RewardSpec | None = None

@@ -6,12 +6,13 @@ import torch
 
 from rlorch.engine.forward import score
 from rlorch.engine.model import load_policy
+from rlorch.engine.top_k import score_top_k
 from rlorch.specs import TrainerSpec
-from rlorch.types import Datum, Floats
+from rlorch.types import Datum, Floats, ForwardResult
 
 
 class TorchReference:
-    """The initial weights, forward only: no gradient, no optimizer. Synchronous; one caller at a time.
+    """A model, forward only, no gradient: the initial weights, or a teacher. Synchronous; one caller at a time.
 
     The weights stay float32 under the trainer's compute dtype (4 bytes per parameter), so that an untrained policy's
     KL to the reference is exactly 0.
@@ -28,3 +29,7 @@ class TorchReference:
     def logprobs(self, datums: Sequence[Datum]) -> tuple[Floats, ...]:
         """Target log-probabilities, one float32 array of length T per datum, in order. Raises `UserError`."""
         return score(self._policy, self._spec, datums)
+
+    def top_k(self, datums: Sequence[Datum], k: int) -> ForwardResult:
+        """Target log-probabilities and the `k` likeliest tokens of each position. Raises `UserError`."""
+        return score_top_k(self._policy, self._spec, datums, k)

@@ -111,6 +111,10 @@ class LocalReference:
         """See `Reference.logprobs`."""
         return await self._lane.run(self._engine.logprobs, datums)
 
+    async def top_k(self, datums: Sequence[Datum], k: int) -> ForwardResult:
+        """See `Reference.top_k`."""
+        return await self._lane.run(self._engine.top_k, datums, k)
+
     async def close(self) -> None:
         """Let the running call finish; no more calls."""
         self._lane.close()

@@ -56,7 +56,7 @@ class LocalRuntime:
 
         async def start() -> LocalReference:
             async with self._loading:
-                return await LocalReference.start(self._spec.model, self._spec.trainer)
+                return await LocalReference.start(self._spec.reference_model or self._spec.model, self._spec.trainer)
 
         return await self._start("reference", start)
 
@@ -82,6 +82,11 @@ class LocalRuntime:
 
         return await self._start(name, start)
 
+    async def release(self, name: str) -> None:
+        """See `Runtime.release`."""
+        if (role := self._roles.pop(name, None)) is not None:
+            await role.close()
+
     async def stop(self) -> None:
         """See `Runtime.stop`."""
         roles, self._roles = self._roles, {}
@@ -93,7 +98,6 @@ class LocalRuntime:
                 log.warning("%s", error)
 
     async def _start(self, name: str, start: Callable[[], Awaitable[R]]) -> R:
-        if (old := self._roles.pop(name, None)) is not None:
-            await old.close()
+        await self.release(name)
         self._roles[name] = role = await start()
         return role
