@@ -179,14 +179,20 @@ def _finish(work: Callable[[asyncio.Event], Awaitable[Any]], run_dir: Path, say:
     user's input kept from starting."""
     try:
         summary, code = supervise(work, say)
-    except UserError:
-        raise
-    except BaseException:
-        _report_quietly(run_dir, say)
+    except BaseException as error:
+        if not _is_the_users(error):
+            _report_quietly(run_dir, say)
         raise
     _show(summary, say)
     _report_quietly(run_dir, say)
     return code
+
+
+def _is_the_users(error: BaseException) -> bool:
+    """Whether it is nothing but user errors, alone or in groups."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(UserError)[1] is None
+    return isinstance(error, UserError)
 
 
 def _show(summary: Any, say: Say) -> None:
