@@ -11,7 +11,7 @@ Invariants:
 Pure: no I/O, no clock.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -146,6 +146,20 @@ def garbage(live: Sequence[Manifest], keep_anchors: int) -> list[Manifest]:
     for manifest in live:
         if manifest.version >= oldest_kept:
             needed.update(link.version for link in chain_to(live, manifest.version))
+    return [manifest for manifest in live if manifest.version not in needed]
+
+
+def unneeded(live: Sequence[Manifest], versions: Collection[int]) -> list[Manifest]:
+    """What may be deleted when only `versions`, the head, and what those were made against must stay."""
+    if not live:
+        return []
+    needed: set[int] = set()
+    bases = {manifest.version: manifest.base_version for manifest in live}
+    for version in (*versions, live[-1].version):
+        link: int | None = version
+        while link is not None and link not in needed:
+            needed.add(link)
+            link = bases.get(link)
     return [manifest for manifest in live if manifest.version not in needed]
 
 

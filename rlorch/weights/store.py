@@ -14,7 +14,7 @@ Log entries never change, so each process parses an entry once.
 import asyncio
 import errno
 import re
-from collections.abc import Generator
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -100,6 +100,11 @@ class FileWeightStore:
         """
         return await asyncio.to_thread(self._gc)
 
+    async def retain(self, versions: Collection[int]) -> list[str]:
+        """Delete every version that neither `versions` nor the head needs, for owners that keep versions by name and
+        not by age. Payloads of versions after the head are left alone, as by `gc`. Returns the deleted files' names."""
+        return await asyncio.to_thread(self._retain, frozenset(versions))
+
     # --- on a thread
 
     def _put(self, key: str, payload: bytes) -> None:
@@ -147,9 +152,20 @@ class FileWeightStore:
     def _gc(self) -> list[str]:
         entries = self._entries()
         live = chains.live_versions(entries.values())
+        return self._delete(entries, live, chains.garbage(live, self._spec.keep_anchors))
+
+    def _retain(self, versions: frozenset[int]) -> list[str]:
+        entries = self._entries()
+        live = chains.live_versions(entries.values())
+        return self._delete(entries, live, chains.unneeded(live, versions))
+
+    def _delete(
+        self, entries: Mapping[int, Manifest | None], live: Sequence[Manifest], garbage: Sequence[Manifest]
+    ) -> list[str]:
+        """Delete the versions in `garbage`, rewound ones, and the remains of crashed writers."""
         if not live:
             return []
-        dead = {manifest.version for manifest in chains.garbage(live, self._spec.keep_anchors)}
+        dead = {manifest.version for manifest in garbage}
         kept = {id(manifest) for manifest in live if manifest.version not in dead}
         newest = max(entries)
         # Oldest entries first: a crash in between can then not bring back what a later entry took back.

@@ -1,0 +1,41 @@
+"""Where things are in a service's data directory.
+
+service.sqlite, service.lock     records
+jobs/<job>/weights/              snapshots of all weights: payloads and manifests (`FileWeightStore`)
+jobs/<job>/checkpoints/<name>/   states, adapters and merged models (`FileCheckpointStore`)
+jobs/<job>/logs/
+models/<id>/                     promoted models
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlorch.checkpoint import FileCheckpointStore
+from rlorch.specs import WeightsSpec
+from rlorch.weights.store import FileWeightStore
+
+KEEP_ALL = WeightsSpec(keep_anchors=1 << 40)
+"""A job's snapshots go when their time has come and nothing needs them, not when there are many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The paths of a data directory. Ids must have been checked (`rlorch.service.references`)."""
+
+    data_dir: Path
+
+    def job(self, job_id: str) -> Path:
+        """A job's directory."""
+        return self.data_dir / "jobs" / job_id
+
+    def weights(self, job_id: str) -> FileWeightStore:
+        """A job's snapshots of all weights."""
+        return FileWeightStore(self.job(job_id) / "weights", KEEP_ALL)
+
+    def saves(self, job_id: str) -> FileCheckpointStore:
+        """A job's states, adapters and merged models; it deletes nothing of its own accord."""
+        return FileCheckpointStore(self.job(job_id) / "checkpoints", keep_last=None)
+
+    def model(self, model_id: str) -> Path:
+        """A promoted model's directory."""
+        return self.data_dir / "models" / model_id
