@@ -146,6 +146,27 @@ def rewards() -> None:
     _run(command)
 
 
+@app.command()
+def shapes(
+    catalogue: Annotated[
+        list[Path] | None,
+        typer.Option("--catalogue", metavar="FILE", help="A catalogue file of your own; may be repeated."),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster, HOST:PORT or auto. Default: this machine.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """List the training shapes, and which of them fit here. RLORCH_SHAPES names more catalogue files."""
+
+    def command() -> int | None:
+        from rlorch.cli.shapes import list_shapes
+
+        return list_shapes(catalogue or [], address, as_json=as_json, say=_say)
+
+    _run(command)
+
+
 def _say(text: str) -> None:
     typer.echo(text)
 
