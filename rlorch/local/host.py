@@ -1,0 +1,88 @@
+"""A trainer host in this process: the port over its engine, on one thread. Ray's actor wraps the same class."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlorch.aio import Lane
+from rlorch.ports import WeightStore
+from rlorch.specs import HostSpec, ModelSpec
+from rlorch.types import (
+    AdamParams,
+    Datum,
+    ForwardResult,
+    LoadKind,
+    LossSpec,
+    Manifest,
+    Normalization,
+    SaveKind,
+    StepResult,
+)
+from rlorch.weights.store import FileWeightStore
+
+if TYPE_CHECKING:
+    from rlorch.engine.host import TrainerHostEngine
+
+
+class LocalTrainerHost:
+    """The TrainerHost port over `TrainerHostEngine`; payloads go to the store in `job_dir`/weights."""
+
+    def __init__(self, engine: "TrainerHostEngine", lane: Lane, store: WeightStore) -> None:
+        self._engine = engine
+        self._lane = lane
+        self._store = store
+
+    @classmethod
+    async def start(cls, spec: HostSpec) -> "LocalTrainerHost":
+        """Start a host; the weights load when its first model is opened. Raises `ModelError`."""
+        from rlorch.engine.host import TrainerHostEngine
+
+        lane = Lane("trainer-host")
+        try:
+            engine = await lane.run(TrainerHostEngine, spec)
+        except BaseException:
+            lane.close()
+            raise
+        return cls(engine, lane, FileWeightStore(Path(spec.job_dir) / "weights", spec.weights))
+
+    async def open(self, model: ModelSpec) -> int:
+        """See `TrainerHost.open`."""
+        return await self._lane.run(self._engine.open, model)
+
+    async def close_model(self, model: str) -> None:
+        """See `TrainerHost.close_model`."""
+        await self._lane.run(self._engine.close_model, model)
+
+    async def forward(self, model: str, datums: Sequence[Datum], top_k: int = 0) -> ForwardResult:
+        """See `TrainerHost.forward`."""
+        return await self._lane.run(self._engine.forward, model, datums, top_k)
+
+    async def forward_backward(self, model: str, datums: Sequence[Datum], loss: LossSpec) -> ForwardResult:
+        """See `TrainerHost.forward_backward`."""
+        return await self._lane.run(self._engine.forward_backward, model, datums, loss)
+
+    async def optim_step(self, model: str, adam: AdamParams, normalization: Normalization) -> StepResult:
+        """See `TrainerHost.optim_step`."""
+        return await self._lane.run(self._engine.optim_step, model, adam, normalization)
+
+    async def export(self, model: str, kind: str, number: int) -> Manifest:
+        """See `TrainerHost.export`: the payload is in the store when this returns."""
+        manifest, payload = await self._lane.run(self._engine.export, model, kind, number)
+        await self._store.put(manifest.payload, payload)
+        return manifest
+
+    async def published(self, model: str, number: int) -> None:
+        """See `TrainerHost.published`."""
+        await self._lane.run(self._engine.published, model, number)
+
+    async def save(self, model: str, what: SaveKind, path: str) -> Mapping[str, str]:
+        """See `TrainerHost.save`."""
+        return await self._lane.run(self._engine.save, model, what, path)
+
+    async def load(self, model: str, what: LoadKind, path: str) -> int:
+        """See `TrainerHost.load`."""
+        return await self._lane.run(self._engine.load, model, what, path)
+
+    async def close(self) -> None:
+        """Let the running call finish; no more calls."""
+        self._lane.close()
