@@ -1,7 +1,8 @@
 """The reward pool: N reward workers behind one call.
 
-`score(rollouts)` waits for a free slot (first come, first served), gives the rollouts in one call, as one group, to the
-worker with the least running, and returns them with their verdicts. A plug-in that fails is a verdict, never an
+`score(rollouts)` waits for a free slot (first come, first served), gives the rollouts to the worker with the least
+running, and returns them with their verdicts. A quick plug-in gets a whole group in one call; one whose group would
+take longer than `SPLIT_ABOVE_S` has it shared out over the workers. A plug-in that fails is a verdict, never an
 error. A worker that is lost (`ReplicaLostError`, or no answer within `call_timeout_s`) is reported, taken out of
 dispatch and restarted; its call goes to another worker once, and its rollouts are then the failure `crash`.
 
@@ -13,12 +14,16 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from rlorch.aio import Limiter, deadline
 from rlorch.errors import DeadlineError, ReplicaLostError, RlorchError
 from rlorch.ports import RewardWorker
 from rlorch.specs import RewardSpec
 from rlorch.types import FailureKind, Rollout, Verdict
+
+SPLIT_ABOVE_S = 0.05
+"""Expected seconds of a group above which it is shared out: a call to a worker costs about a millisecond."""
 
 # Seconds per rollout; more than `call_timeout_s` of the default RewardSpec.
 ROLLOUT_TIMEOUT_S = 600.0
@@ -115,7 +120,7 @@ class RewardPool:
         self._seconds = 0.0
 
     async def score(self, rollouts: Sequence[Rollout]) -> tuple[Rollout, ...]:
-        """The rollouts, which one worker scores in one call, with their verdicts, in the order given.
+        """The rollouts with their verdicts, in the order given.
 
         Raises:
             DeadlineError: no worker became free, and none ended a call, for longer than two calls can take.
@@ -150,6 +155,18 @@ class RewardPool:
         )
 
     async def _score(self, rollouts: Sequence[Rollout], group: asyncio.TaskGroup) -> tuple[Verdict, ...]:
+        tasks = [group.create_task(self._score_part(part, group)) for part in self._shared_out(rollouts)]
+        return tuple([verdict for task in tasks for verdict in await task])
+
+    def _shared_out(self, rollouts: Sequence[Rollout]) -> list[Sequence[Rollout]]:
+        """The rollouts in order, as one part for each call: parts differ by one rollout at most."""
+        if self.view().mean_s * len(rollouts) <= SPLIT_ABOVE_S:
+            return [rollouts]
+        count = min(len(rollouts), max(1, sum(not slot.lost for slot in self._slots)))
+        cuts = [len(rollouts) * i // count for i in range(count + 1)]
+        return [rollouts[start:stop] for start, stop in pairwise(cuts)]
+
+    async def _score_part(self, rollouts: Sequence[Rollout], group: asyncio.TaskGroup) -> tuple[Verdict, ...]:
         verdicts = await self._attempt(rollouts, group)
         if isinstance(verdicts, Exception):
             verdicts = await self._attempt(rollouts, group)

@@ -74,6 +74,33 @@ def test_groups_are_spread_over_the_workers_and_come_back_in_order(make_rollout:
     run_virtual(scene())
 
 
+def test_a_group_of_a_slow_reward_is_shared_out_over_the_workers(make_rollout: Make) -> None:
+    async def scene() -> None:
+        workers = {name: FakeWorker() for name in "abc"}
+        pool = RewardPool(workers)
+        group = [make_rollout(index=index) for index in range(8)]
+        for elapsed in (8.0, 8.0 + 3.0):  # nothing is known of the first; then 2 + 3 + 3
+            assert scores(await pool.score(group)) == list(range(8))
+            assert asyncio.get_running_loop().time() == elapsed
+        assert sum(worker.calls for worker in workers.values()) == 1 + 3
+
+    run_virtual(scene())
+
+
+def test_a_quick_reward_gets_a_group_in_one_call(make_rollout: Make) -> None:
+    async def quick(rollouts: Sequence[Rollout]) -> tuple[Verdict, ...]:
+        return tuple(Verdict(1.0, seconds=0.001) for _ in rollouts)
+
+    async def scene() -> None:
+        workers = {name: FakeWorker(quick) for name in "abc"}
+        pool = RewardPool(workers)
+        for _ in range(5):
+            await pool.score([make_rollout(index=index) for index in range(8)])
+        assert sum(worker.calls for worker in workers.values()) == 5
+
+    run_virtual(scene())
+
+
 def test_no_rollouts_need_no_worker() -> None:
     async def scene() -> None:
         assert await RewardPool({"a": FakeWorker(hang)}).score([]) == ()
