@@ -8,10 +8,16 @@ P pairs. Chosen and rejected log-probs are those of the answer's tokens alone, n
 """
 
 import math
+from collections.abc import Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from rlorch.losses.custom import CustomLoss
+from rlorch.types import Datum
 
 MAX_MEAN_LOGPROB = -1e-6
 """Mean log-probs are capped here before they become odds: at 0 the odds are infinite."""
@@ -63,3 +69,41 @@ def log_odds(logprobs_P: Tensor) -> Tensor:
     small_P = torch.where(near_one_P, lp_P, -1.0)
     large_P = torch.where(near_one_P, -1.0, lp_P)
     return lp_P - torch.where(near_one_P, torch.log(-torch.expm1(small_P)), torch.log1p(-torch.exp(large_P)))
+
+
+def dpo_loss(reference_P2: NDArray[np.float64], beta: float) -> CustomLoss:
+    """DPO as a custom loss over rows chosen, rejected, chosen, rejected, ...
+
+    Args:
+        reference_P2: the reference's summed log-probs of each pair's chosen and rejected answer.
+        beta: strength of the pull to the reference.
+    """
+    reference = torch.from_numpy(np.asarray(reference_P2, np.float64))
+
+    def loss(datums: list[Datum], logprobs: list[Tensor]) -> tuple[Tensor, Mapping[str, float]]:
+        sums_P2 = _answer_sums(datums, logprobs)
+        value, metrics = dpo(sums_P2[:, 0], sums_P2[:, 1], reference[:, 0], reference[:, 1], beta)
+        return value, {name: float(number) for name, number in metrics.items()}
+
+    return loss
+
+
+def orpo_loss(weight: float) -> CustomLoss:
+    """ORPO as a custom loss over rows chosen, rejected, chosen, rejected, ..."""
+
+    def loss(datums: list[Datum], logprobs: list[Tensor]) -> tuple[Tensor, Mapping[str, float]]:
+        counts = torch.tensor([float(datum.loss_inputs["weights"].sum()) for datum in datums], dtype=torch.float64)
+        means_P2 = _answer_sums(datums, logprobs) / counts.clamp(min=1.0).view(-1, 2)
+        value, metrics = orpo(means_P2[:, 0], means_P2[:, 1], weight)
+        return value, {name: float(number) for name, number in metrics.items()}
+
+    return loss
+
+
+def _answer_sums(datums: list[Datum], logprobs: list[Tensor]) -> Tensor:
+    """Summed log-probs of the answers, weighted by `weights`, in float64 (margins are small against sums): [P, 2]."""
+    weighted = [
+        (torch.from_numpy(np.asarray(datum.loss_inputs["weights"], np.float64)) * lp_T.double()).sum()
+        for datum, lp_T in zip(datums, logprobs, strict=True)
+    ]
+    return torch.stack(weighted).view(-1, 2)

@@ -57,6 +57,8 @@ train/kl_behaviour | nats | mean over loss tokens of behaviour minus trained log
     moved since sampling
 train/kl_behaviour_k3 | nats | the same distance by the estimator k3, which is never negative
 train/ref_kl | nats | KL divergence to the reference policy (estimator k3), mean per loss token
+train/teacher_kl | nats | distill: divergence between student and teacher, mean over loss tokens: of student from
+    teacher on sampled tokens (reverse_kl), or of teacher from student over its likeliest tokens (forward_kl)
 train/ratio_mean | 1 | mean importance ratio, trained over behaviour probability
 train/ratio_max | 1 | largest importance ratio
 train/clip_fraction | 1 | share of loss tokens whose ratio was clipped
@@ -75,7 +77,8 @@ async/groups_waiting | count | finished groups that wait for a batch: pinned at 
 perf/elapsed_s | s | wall time since the run (or its resumption) started
 perf/step_s | s | wall time of the step, from one batch to the next
 perf/wait_groups_s | s | the trainer waited for groups
-perf/reference_s | s | reference log-probabilities
+perf/sample_s | s | distill: the student's answers, sampled before the step
+perf/reference_s | s | reference log-probabilities, or the teacher's
 perf/forward_backward_s | s | forward and backward passes
 perf/optim_s | s | optimizer step
 perf/publish_s | s | export, encode and store the new version, until the head moved
@@ -100,7 +103,12 @@ drop/<reason> | count | groups dropped for this reason, since the run started
 eval/accuracy_sampled | 1 | mean reward on held-out prompts, sampled at the training temperature
 eval/accuracy_greedy | 1 | mean reward on held-out prompts, greedy
 eval/failures | count | held-out rollouts without a score, left out of the means
-eval/loss | nats | mean negative log-likelihood of held-out demonstrations, per learned token (sft)
+eval/loss | nats | sft: mean negative log-likelihood of held-out demonstrations, per learned token; dpo, orpo: the loss
+    of held-out pairs
+eval/margin | 1 | dpo: reward of the chosen answer less that of the rejected one, mean over held-out pairs; orpo: their
+    log odds ratio
+eval/accuracy | 1 | dpo, orpo: share of held-out pairs with a margin above 0
+eval/teacher_kl | nats | distill: train/teacher_kl on held-out rows
 eval/prompts | count | held-out prompts
 eval/version | steps | version that was evaluated
 eval/seconds | s | wall time of the evaluation

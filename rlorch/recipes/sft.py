@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from rlorch.data import DataSpec
 from rlorch.ports import Runtime, Trainer
-from rlorch.recipes.checkpoints import Checkpoints
 from rlorch.recipes.inputs import Inputs, read_rows
+from rlorch.recipes.loop import Loop, batch_of
 from rlorch.recipes.run_dir import check_run_dir, open_run_dir
 from rlorch.recipes.sections import CheckpointSpec, HeldOutSpec, ObserveSpec, OptimizerSpec, check_model_dir, model_path
 from rlorch.render.prompt import RenderSpec
@@ -113,36 +112,18 @@ async def run(
     held_out_datums = [render(row) for row in rows.held_out_rows]
     run_dir = open_run_dir(run_path(config), config, resume=resume)
     trainer = await runtime.trainer()
-    checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint)
-    version = 0
-    if resume and (latest := await checkpoints.latest()) is not None:
-        version = await trainer.load(latest.path)
-    sink = run_dir.sinks(config.observe, config.name, config)
-    metrics: dict[str, float] = {}
-    try:
-        while version < config.steps and not stop.is_set():
-            batch = batch_of(datums, config.batch_size, version, config.seed)
-            metrics = await _step(trainer, batch, config, version)
-            version += 1
-            if held_out_datums and (version % 50 == 0 or version == config.steps):
-                metrics["eval/loss"] = await _loss(trainer, held_out_datums)
-            sink.write(version, metrics)
-            if checkpoints.due(version):
-                await checkpoints.save(trainer, version)
-        await checkpoints.save(trainer, version)
-        if version >= config.steps:
-            await run_dir.export(trainer)
-    finally:
-        sink.close()
-    return metrics
+    loop = Loop(config, run_dir, trainer)
+    if resume:
+        await loop.restore()
 
+    async def step(version: int) -> Mapping[str, float]:
+        batch = batch_of(datums, config.batch_size, version, config.seed)
+        return await _step(trainer, batch, config, version)
 
-def batch_of(datums: Sequence[Datum], batch_size: int, step: int, seed: int) -> list[Datum]:
-    """The rows of one step: epochs of all rows, each in its own order, cut end to end into batches."""
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    epochs = {position // len(datums) for position in positions}
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(len(datums)) for epoch in epochs}
-    return [datums[int(orders[position // len(datums)][position % len(datums)])] for position in positions]
+    async def evaluate() -> Mapping[str, float]:
+        return {"eval/loss": await _loss(trainer, held_out_datums)}
+
+    return await loop.run(step, evaluate=evaluate if held_out_datums else None, stop=stop)
 
 
 async def _step(trainer: Trainer, batch: Sequence[Datum], config: SFTConfig, version: int) -> dict[str, float]:

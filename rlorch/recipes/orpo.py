@@ -1,0 +1,137 @@
+"""Odds-ratio preference optimisation (arXiv 2403.07691): fine-tuning on chosen answers that pushes rejected ones away.
+
+    rows -> pairs -> chosen, rejected, chosen, ... -> [forward, loss, backward, step] *
+
+The loss of a pair is the mean negative log-likelihood of the chosen answer plus `ratio_weight` times
+-log sigmoid(log odds of chosen - log odds of rejected), odds of mean log-probs. There is no reference. A resumed run
+takes exactly the pairs that an uninterrupted one would have.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from rlorch.data import DataSpec
+from rlorch.ports import Runtime
+from rlorch.recipes.custom_loss import evaluate_custom, forward_backward_custom
+from rlorch.recipes.inputs import Inputs
+from rlorch.recipes.loop import Loop, batch_of
+from rlorch.recipes.pairs import interleaved, read_pairs, render_pair, step_metrics
+from rlorch.recipes.run_dir import check_run_dir, open_run_dir
+from rlorch.recipes.sections import CheckpointSpec, HeldOutSpec, ObserveSpec, OptimizerSpec, check_model_dir, model_path
+from rlorch.render.prompt import RenderSpec
+from rlorch.render.supervised import TrainOn
+from rlorch.specs import RuntimeSpec, SamplerSpec, Spec, TrainerSpec, WeightsSpec
+
+
+class ORPOConfig(Spec):
+    """`rlorch train` with `recipe: orpo`."""
+
+    recipe: Literal["orpo"] = "orpo"
+    name: str = Field(default="orpo", description="names the run directory")
+    model: str = Field(description="directory of the initial model, or a hub id")
+    run_dir: str | None = Field(default=None, description="default: runs/<name>")
+    runtime: Literal["ray", "local"] = "ray"
+    address: str | None = Field(default=None, description="Ray cluster; null: start one here, auto: the one around")
+    seed: int = 0
+    steps: int = Field(ge=1, description="optimizer steps; the data repeats, reshuffled")
+    batch_size: int = Field(default=16, ge=1, description="pairs per step")
+    ratio_weight: float = Field(
+        default=1.0, ge=0, description="of the odds-ratio term beside the likelihood of chosen answers"
+    )
+    data: DataSpec
+    held_out: HeldOutSpec = HeldOutSpec()
+    render: RenderSpec = RenderSpec()
+    train_on: TrainOn = "last_assistant"
+    optimizer: OptimizerSpec = OptimizerSpec(learning_rate=5e-6)
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    observe: ObserveSpec = ObserveSpec()
+    trainer: TrainerSpec = TrainerSpec()
+
+    @model_validator(mode="after")
+    def _the_schedule_fits_the_run(self) -> Self:
+        self.optimizer.check(self.steps)
+        return self
+
+
+Config = ORPOConfig
+
+
+def runtime_spec(config: ORPOConfig) -> RuntimeSpec:
+    """What this recipe needs started: a trainer."""
+    return RuntimeSpec(
+        model=model_path(config.model),
+        run_dir=str(run_path(config)),
+        trainer=config.trainer,
+        sampler=SamplerSpec(),
+        weights=WeightsSpec(),
+        roles=("trainer",),
+    )
+
+
+def run_path(config: ORPOConfig) -> Path:
+    """The run directory, absolute: actors on other nodes see the same path."""
+    return Path(config.run_dir or f"runs/{config.name}").expanduser().resolve()
+
+
+def prepare(config: ORPOConfig, *, resume: bool = False) -> Inputs:
+    """Read the pairs, and refuse what is wrong with model or run directory; starts and writes nothing.
+
+    Raises:
+        UserError: the model, the data or the run directory; the message says which.
+    """
+    check_run_dir(run_path(config), config, resume=resume)
+    check_model_dir(config.model)
+    return read_pairs(config.data, config.held_out, config.render)
+
+
+async def run(
+    config: ORPOConfig,
+    runtime: Runtime,
+    *,
+    resume: bool = False,
+    stop: asyncio.Event | None = None,
+    inputs: Inputs | None = None,
+) -> Mapping[str, float]:
+    """Train; returns the last step's metrics. With `stop` set, ends after the running step, with a checkpoint.
+
+    `inputs` is what `prepare` returned; without it, it is called here.
+    """
+    from rlorch.losses.preference import orpo_loss
+
+    stop = stop or asyncio.Event()
+    rows = inputs or await asyncio.to_thread(prepare, config, resume=resume)
+    tokenizer = runtime.tokenizer()
+    pairs, held_out = (
+        [render_pair(row, tokenizer, config.train_on, config.render) for row in part]
+        for part in (rows.train_rows, rows.held_out_rows)
+    )
+    loss_fn = orpo_loss(config.ratio_weight)
+    run_dir = open_run_dir(run_path(config), config, resume=resume)
+    trainer = await runtime.trainer()
+    loop = Loop(config, run_dir, trainer)
+    if resume:
+        await loop.restore()
+
+    async def step(version: int) -> Mapping[str, float]:
+        started = time.perf_counter()
+        batch = batch_of(pairs, config.batch_size, version, config.seed)
+        measured = await forward_backward_custom(trainer, interleaved(batch), loss_fn)
+        adam = config.optimizer.adam(version, config.steps)
+        result = await trainer.optim_step(adam, "none")
+        return step_metrics(measured) | {
+            "train/grad_norm": result.metrics["grad_norm:last"],
+            "train/learning_rate": adam.learning_rate,
+            "train/version": float(result.version),
+            "perf/step_s": time.perf_counter() - started,
+        }
+
+    async def evaluate() -> Mapping[str, float]:
+        measured = await evaluate_custom(trainer, interleaved(held_out), loss_fn)
+        return {f"eval/{name}": measured[name] for name in ("loss", "margin", "accuracy")}
+
+    return await loop.run(step, evaluate=evaluate if held_out else None, stop=stop)
