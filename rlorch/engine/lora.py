@@ -243,9 +243,11 @@ class LoraTrainer:
 
         Raises:
             StorageError: a file is absent or damaged; nothing was changed.
-            UserError: it is no plain LoRA adapter, or has another rank, alpha or other layers; nothing was changed.
+            UserError: it is no plain LoRA adapter, has another rank, alpha or other layers, or belongs to another base;
+                nothing was changed.
         """
-        return self._replace(lora_files.read_adapter(path, self._lora, self._parameters), {}, 0)
+        weights = lora_files.read_adapter(path, self._lora, self._parameters, self._base.policy.model)
+        return self._replace(weights, {}, 0)
 
     def save_pretrained(self, path: str) -> dict[str, str]:
         """Write a model directory in the serve dtype, the adapter merged into the base in float32, tokenizer included.

@@ -122,8 +122,8 @@ def write_adapter(
     return files.seal(directory)
 
 
-def read_adapter(path: str, lora: LoraSpec, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a PEFT directory, by the names of `weights`.
+def read_adapter(path: str, lora: LoraSpec, weights: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """The tensors of a PEFT directory, by the names of `weights`, for an adapter on `model`.
 
     Raises:
         StorageError: a file is absent or damaged.
@@ -143,8 +143,23 @@ def read_adapter(path: str, lora: LoraSpec, weights: Mapping[str, Tensor]) -> di
     if not (directory / f"{ADAPTER_STEM}.safetensors").is_file():
         raise StorageError(f"{directory} has no {ADAPTER_STEM}.safetensors; adapters load from safetensors alone")
     found = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in files.read_tensors(directory, ADAPTER_STEM)}
+    copies = {name: found.pop(name) for name in list(found) if ".lora_" not in name}
+    _check_copies(directory, copies, model)
     _check_tensors(directory, found, weights)
     return found
+
+
+def _check_copies(directory: Path, copies: Mapping[str, Tensor], model: Any) -> None:
+    """Raise `UserError` where what peft saves beside an adapter on the output layer, a copy of that layer and of the
+    embedding, is not the base's own: the adapter then belongs to another base."""
+    base = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items()} if copies else {}
+    for name, copy in copies.items():
+        own = base.get(name.replace(".base_layer.", "."))
+        if own is None or not torch.equal(own.to("cpu", copy.dtype), copy):
+            raise UserError(
+                f"{directory} also holds {name!r}, which is no part of an adapter and not the weight of this base; an "
+                "adapter of another base, or of one whose embedding was trained, does not load"
+            )
 
 
 def _check_tensors(directory: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
