@@ -6,6 +6,8 @@ norms, biases and other vectors.
 
 Normalisation and clipping are one factor: g <- g * s with s = 1/n * min(1, c / (|g|/n + 1e-6)), |g| the global L2 norm
 of the summed gradient, so each gradient is read and written once before the step.
+
+Sharded parameters are DTensors: their moments are sharded alike, and the norm is that of the whole gradient.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,6 +15,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from rlorch.engine.distributed import like, whole
 from rlorch.errors import NonFiniteError
 from rlorch.types import AdamParams
 
@@ -41,9 +44,11 @@ class AdamW:
                 dropped.
         """
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / divisor
+        norm = float(whole(torch.nn.utils.get_total_norm(gradients))) / divisor
         if not norm < float("inf"):  # NaN compares false
-            names = [n for n, p in self._parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+            names = [
+                n for n, p in self._parameters.items() if p.grad is not None and not whole(p.grad.isfinite().all())
+            ]
             self.clear()
             raise NonFiniteError(
                 f"the gradient norm is {norm}: {len(names)} of {len(gradients)} gradients are not finite, first "
@@ -77,11 +82,11 @@ class AdamW:
         }
 
     def restore(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Replace the state by what `tensors` once returned; a parameter that is not named has none."""
+        """Replace the state by what `tensors` once returned, of sharded parameters this rank's rows of it; a parameter
+        that is not named has none."""
         self._torch.state.clear()
         for name, value in tensors:
             key, _, parameter = name.partition(".")
             target = self._parameters[parameter]
-            self._torch.state[target][key] = value.to(
-                target.device, copy=True
-            )  # a tensor read from a file may be a mapping of it
+            held = value.to(target.device, copy=True)  # a tensor read from a file may be a mapping of it
+            self._torch.state[target][key] = held if key == "step" else like(target, held)

@@ -5,6 +5,10 @@ many rows there are. Rows are then sorted by length, longest first, and cut so t
 earlier where a further pass is cheaper than padding; a row longer than the budget gets a micro-batch of its own.
 Results go back by flat index, so the order never leaks out.
 
+Several ranks take turns: `deal` cuts finer until every rank has a micro-batch in each pass, hands them out largest
+first, so that those of one pass are alike, and fills up with empty ones, because all ranks must make equally many
+passes.
+
 Only *selected* positions get logits: those whose mask or weight is not 0 (all of them without a loss).
 
 A position may have K target tokens instead of one (soft targets): then target tokens and loss inputs are [T, K], for
@@ -128,18 +132,44 @@ def cut(lengths_B: NDArray[np.int64], budget_tokens: int, pass_cost_tokens: int 
     return batches
 
 
-def micro_batches(rows: Rows, budget_tokens: int, device: torch.device) -> Iterator[MicroBatch]:
-    """The micro-batches of a call, on the device, one at a time; those without a selected position are left out."""
-    for batch_B in cut(rows.lengths_B, budget_tokens, PASS_COST_TOKENS[device.type == "cuda"]):
+def deal(
+    rows: Rows, budget_tokens: int, pass_cost_tokens: int = 0, rank: int = 0, world: int = 1
+) -> list[NDArray[np.int64]]:
+    """Row indices of each micro-batch of one rank, one per pass; an empty one stands for a pass without work.
+
+    Micro-batches without a selected position are left out. Over all ranks every other row is there once. With one rank
+    these are those of `cut`, in its order.
+    """
+    wanted_B = np.logical_or.reduceat(rows.selected_N, rows.starts_B)
+
+    def batches(budget: int) -> list[NDArray[np.int64]]:
+        return [batch_B for batch_B in cut(rows.lengths_B, budget, pass_cost_tokens) if wanted_B[batch_B].any()]
+
+    found = batches(budget_tokens)
+    if world == 1:
+        return found
+    passes = -(-len(found) // world)
+    low, high = 1, budget_tokens
+    while low < high:  # the smallest budget that makes no more passes
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(batches(middle)) <= passes * world else (middle + 1, high)
+    found = sorted(batches(high), key=lambda batch_B: -len(batch_B) * int(rows.lengths_B[batch_B[0]]))
+    found += [np.zeros(0, dtype=np.int64)] * (passes * world - len(found))
+    return found[rank::world]
+
+
+def micro_batches(
+    rows: Rows, budget_tokens: int, device: torch.device, rank: int = 0, world: int = 1
+) -> Iterator[MicroBatch]:
+    """The micro-batches of one rank (see `deal`), on the device, one at a time; empty ones have N 0 and one token."""
+    for batch_B in deal(rows, budget_tokens, PASS_COST_TOKENS[device.type == "cuda"], rank, world):
         lengths_B = rows.lengths_B[batch_B]
-        width = int(lengths_B[0])
+        width = int(lengths_B[0]) if len(batch_B) else 1
         row_N = np.repeat(np.arange(len(batch_B)), lengths_B)
         column_N = np.arange(len(row_N)) - np.repeat(np.cumsum(lengths_B) - lengths_B, lengths_B)
         source_N = np.repeat(rows.starts_B[batch_B], lengths_B) + column_N
         keep_N = rows.selected_N[source_N]
-        if not keep_N.any():
-            continue
-        tokens_BT = np.zeros((len(batch_B), width), dtype=np.int64)
+        tokens_BT = np.zeros((max(len(batch_B), 1), width), dtype=np.int64)
         tokens_BT[row_N, column_N] = rows.tokens_N[source_N]
         kept_N = source_N[keep_N]
 

@@ -11,7 +11,6 @@ B rows, T tokens of a row, N selected positions of a micro-batch.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -71,16 +70,22 @@ class Learner:
         )
         logprobs_N = np.zeros(rows.targets_N.shape, dtype=np.float32)
         metrics: list[dict[str, torch.Tensor]] = []
+        group = self._policy.group
         try:
-            for batch in micro_batches(rows, self._spec.micro_batch_tokens, self._policy.device):
-                values_N, measured = self._backward(batch, kind, config)
-                logprobs_N[batch.sources_N] = values_N
-                metrics.append(measured)
+            with group.together("forward_backward"):
+                for batch in micro_batches(
+                    rows, self._spec.micro_batch_tokens, self._policy.device, group.rank, group.world
+                ):
+                    values_N, measured = self._backward(batch, kind, config)
+                    logprobs_N[batch.sources_N] = values_N
+                    metrics.append(measured)
+                group.add_up(logprobs_N)
+                merged = _merge(group.exchange(_values(metrics)))
         except Exception as error:
             self.adamw.clear()
             self._accumulated = Accumulated(failure=f"{type(error).__name__}: {error}")
             raise
-        merged = _merge(metrics) or {"loss:sum": 0.0, "num_loss_tokens:sum": 0.0}
+        merged = merged or {"loss:sum": 0.0, "num_loss_tokens:sum": 0.0}
         self._accumulated.calls += 1
         self._accumulated.num_loss_tokens += merged["num_loss_tokens:sum"]
         self._accumulated.num_sequences += len(datums)
@@ -105,7 +110,8 @@ class Learner:
         if done.calls == 0:
             raise UserError(f"optim_step at version {self.version}: no forward_backward came before it")
         divisor = {"num_loss_tokens": done.num_loss_tokens, "num_sequences": done.num_sequences, "none": 1.0}
-        grad_norm = self.adamw.step(adam, float(divisor[normalization]) or 1.0)
+        with self._policy.group.together("optim_step"):
+            grad_norm = self.adamw.step(adam, float(divisor[normalization]) or 1.0)
         self.version += 1
         return StepResult(
             self.version,
@@ -120,16 +126,19 @@ class Learner:
     def _backward(
         self, batch: MicroBatch, loss: Loss, config: Mapping[str, float | str]
     ) -> tuple[Floats, dict[str, torch.Tensor]]:
-        """Forward and backward of one micro-batch: its log-probs [N] and metrics."""
-        with self._policy.computing():
-            hidden_ND = self._policy.hidden(batch.tokens_BT).flatten(0, 1)[batch.positions_N]
-            logprobs_N, entropy_N = target_logprobs(
-                self._policy.head,
-                hidden_ND,
-                batch.targets_N,
-                self._spec.logprob_chunk_tokens,
-                with_entropy=loss.selector == "mask",
-            )
+        """Forward and backward of one micro-batch: its log-probs [N] and metrics. An empty one has no metrics and a
+        gradient of exactly 0."""
+        policy = self._policy
+
+        def values() -> tuple[torch.Tensor, torch.Tensor | None]:
+            hidden_ND = policy.hidden(batch.tokens_BT).flatten(0, 1)[batch.positions_N]
+            chunk_tokens, with_entropy = self._spec.logprob_chunk_tokens, loss.selector == "mask"
+            return target_logprobs(policy.head, hidden_ND, batch.targets_N, chunk_tokens, with_entropy=with_entropy)
+
+        logprobs_N, entropy_N = policy.run(values)
+        if not len(batch.sources_N):
+            logprobs_N.sum().backward()
+            return logprobs_N.detach().cpu().numpy(), {}
         result = loss.function(logprobs_N, batch.inputs, batch.lengths_B, config)
         result.loss.backward()
         metrics = dict(result.metrics)
@@ -139,11 +148,19 @@ class Learner:
         return logprobs_N.detach().cpu().numpy(), metrics
 
 
-def _merge(metrics: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
-    """Metrics of micro-batches as one, by their reductions; one device synchronisation."""
-    if not metrics:
+def _values(metrics: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, float]]:
+    """Metrics of micro-batches as numbers; one device synchronisation."""
+    measured = [torch.stack([*part.values()]).double() for part in metrics if part]
+    values = iter(torch.stack(measured).tolist() if measured else ())
+    return [dict(zip(part, next(values), strict=True)) if part else {} for part in metrics]
+
+
+def _merge(of_ranks: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]:
+    """Metrics of all ranks' micro-batches as one, by their reductions, in the order in which they were dealt."""
+    parts = [part for of_pass in zip(*of_ranks, strict=True) for part in of_pass if part]
+    if not parts:
         return {}
-    names = list(metrics[0])
-    values_BK = torch.stack([torch.stack([part[name] for name in names]).double() for part in metrics])
+    names = list(parts[0])
+    values_BK = torch.tensor([[part[name] for name in names] for part in parts], dtype=torch.float64)
     total, largest = values_BK.sum(0).tolist(), values_BK.amax(0).tolist()
     return {name: largest[i] if name.endswith(":max") else total[i] for i, name in enumerate(names)}

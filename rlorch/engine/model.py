@@ -7,25 +7,31 @@ soft-capped as their config says; `load_policy` compares the cut model with the 
 Rows are padded on the right and no attention mask is passed: under causal attention a token never sees the padding
 after it, and without a mask the fused causal kernels apply. The same check refuses models that look ahead.
 
+Over several ranks the weights are sharded (`rlorch.engine.distributed`), and a forward pass goes through `Policy.run`,
+which gathers them.
+
 Weights are float32. In bfloat16 compute, matrix products run in bfloat16 under autocast, norms and softmax in float32.
 
 B rows, T tokens of the longest row, N positions, D hidden width, V vocabulary.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from rlorch.engine.distributed import SOLO, Group, shard
 from rlorch.errors import ConfigError, ModelError, PlacementError
 from rlorch.specs import Dtype
+
+T = TypeVar("T")
 
 PROBE_TOKENS = 8
 PROBE_PADDED = 5
@@ -61,6 +67,7 @@ class Policy:
     config: Any
     device: torch.device
     compute_dtype: torch.dtype
+    group: Group = SOLO
 
     @property
     def vocab_size(self) -> int:
@@ -78,15 +85,26 @@ class Policy:
         with torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
             yield
 
+    def run(self, call: Callable[[], T]) -> T:
+        """Make one forward pass, of body, head or both, in the compute dtype. All ranks make it together; what `call`
+        returns (tensors, tuples of them) carries their gradient."""
+        with self.computing():
+            return call() if self.group.world == 1 else self.model.run_part(call)
+
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Last hidden states [B, T, D] of right-padded rows; those of the padding mean nothing."""
         return self.body(input_ids=tokens_BT, use_cache=False).last_hidden_state
 
 
 def load_policy(
-    model: str, *, device: str = "auto", compute_dtype: Dtype = "auto", activation_checkpointing: bool = False
+    model: str,
+    *,
+    device: str = "auto",
+    compute_dtype: Dtype = "auto",
+    activation_checkpointing: bool = False,
+    group: Group = SOLO,
 ) -> Policy:
-    """Load a model directory or hub id for training or scoring, float32, without dropout.
+    """Load a model directory or hub id for training or scoring, float32, without dropout, sharded over the group.
 
     Raises:
         ModelError: no config, no safetensors weights, missing or misshapen tensors, an architecture that
@@ -98,12 +116,17 @@ def load_policy(
     dtype = resolve_compute_dtype(compute_dtype, target)
     _check_files(model)
     config, loaded = _load(model)
-    loaded.to(target)
+    loaded.to(target if group.mesh is None else "cpu")
     loaded.train(activation_checkpointing)
     if activation_checkpointing:
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(loaded, loaded.base_model, _cut_head(model, loaded), config, target, dtype)
-    _check_cut(model, policy)
+    policy = Policy(loaded, loaded.base_model, _cut_head(model, loaded), config, target, dtype, group)
+    if group.mesh is None:
+        _check_cut(model, policy)
+    else:
+        _check_cut(model, replace(policy, device=torch.device("cpu"), compute_dtype=torch.float32))
+        shard(loaded, group.mesh, dtype)
+        loaded.to(target)  # buffers: the parameters are there already
     return policy
 
 

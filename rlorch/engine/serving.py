@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from rlorch.engine.distributed import local
 from rlorch.errors import ConfigError
 from rlorch.specs import Dtype
 
@@ -32,7 +33,8 @@ def resolve_serve_dtype(name: Dtype) -> torch.dtype:
 
 
 def checkpoint_tensors(model: Any) -> dict[str, Tensor]:
-    """Live float tensors by checkpoint name, in the order of the model; a tied tensor once, under its source's name."""
+    """Live float tensors by checkpoint name, in the order of the model; a tied tensor once, under its source's name.
+    DTensors where the model is sharded."""
     tied = set(model.all_tied_weights_keys)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     with torch.no_grad():
@@ -41,9 +43,11 @@ def checkpoint_tensors(model: Any) -> dict[str, Tensor]:
 
 
 def serving_tensors(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Copies in the serve dtype, in host memory (pinned while a GPU fills them), by checkpoint name."""
+    """Copies in the serve dtype, in host memory (pinned while a GPU fills them), by checkpoint name: this rank's rows
+    of sharded tensors (`rlorch.engine.distributed.part_of`)."""
     copies: dict[str, Tensor] = {}
-    for name, tensor in checkpoint_tensors(model).items():
+    for name, sharded in checkpoint_tensors(model).items():
+        tensor = local(sharded)
         copy = torch.empty(tensor.shape, dtype=dtype, pin_memory=tensor.is_cuda)
         source = tensor.to(dtype) if tensor.is_cuda else tensor  # cast before the transfer, not after
         copies[name] = copy.copy_(source, non_blocking=True)

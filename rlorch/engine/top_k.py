@@ -6,12 +6,13 @@ N positions, D hidden width, V vocabulary, K tokens kept, T tokens of a row.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlorch.engine.collate import lay_out, micro_batches
+from rlorch.engine.collate import MicroBatch, lay_out, micro_batches
 from rlorch.engine.logprobs import target_logprobs
 from rlorch.engine.model import Head, Policy
 from rlorch.errors import UserError
@@ -53,17 +54,23 @@ def score_top_k(policy: Policy, spec: TrainerSpec, datums: Sequence[Datum], k: i
         raise UserError(f"top_k is {k}; it must be between 1 and the vocabulary's {policy.vocab_size} tokens")
     rows = lay_out(datums, vocab_size=policy.vocab_size, max_tokens=policy.max_tokens)
     num_positions = len(rows.tokens_N)
-    logprobs_N = np.empty(rows.targets_N.shape, dtype=np.float32)
-    ids_NK = np.empty((num_positions, k), dtype=np.int64)
-    values_NK = np.empty((num_positions, k), dtype=np.float32)
-    for batch in micro_batches(rows, spec.micro_batch_tokens, policy.device):
-        with policy.computing():
-            hidden_ND = policy.hidden(batch.tokens_BT).flatten(0, 1)[batch.positions_N]
-            targets_N, _ = target_logprobs(policy.head, hidden_ND, batch.targets_N, spec.logprob_chunk_tokens)
-            found_NK, scores_NK = top_k_logprobs(policy.head, hidden_ND, k, spec.logprob_chunk_tokens)
-        logprobs_N[batch.sources_N] = targets_N.cpu().numpy()
-        ids_NK[batch.sources_N] = found_NK.cpu().numpy()
-        values_NK[batch.sources_N] = scores_NK.cpu().numpy()
+    logprobs_N = np.zeros(rows.targets_N.shape, dtype=np.float32)
+    ids_NK = np.zeros((num_positions, k), dtype=np.int64)
+    values_NK = np.zeros((num_positions, k), dtype=np.float32)
+    group = policy.group
+
+    def found(batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        hidden_ND = policy.hidden(batch.tokens_BT).flatten(0, 1)[batch.positions_N]
+        targets_N, _ = target_logprobs(policy.head, hidden_ND, batch.targets_N, spec.logprob_chunk_tokens)
+        return targets_N, *top_k_logprobs(policy.head, hidden_ND, k, spec.logprob_chunk_tokens)
+
+    with group.together("scoring"):
+        for batch in micro_batches(rows, spec.micro_batch_tokens, policy.device, group.rank, group.world):
+            parts = policy.run(partial(found, batch))
+            for whole, part in zip((logprobs_N, ids_NK, values_NK), parts, strict=True):
+                whole[batch.sources_N] = part.cpu().numpy()
+        for whole in (logprobs_N, ids_NK, values_NK):
+            group.add_up(whole)
     cuts = rows.starts_B[1:]
     pairs = zip(np.split(ids_NK, cuts), np.split(values_NK, cuts), strict=True)
     return ForwardResult(rows.unpack(logprobs_N), {}, tuple(pairs))

@@ -6,34 +6,44 @@ Invariants:
     - Master weights and Adam moments are float32; the compute dtype is autocast's. No dropout, no other chance.
     - A delta is made against the bits that were last *published*, not last exported: a publish that fails half-way
       leaves a base that every sampler still has.
+    - Over several ranks (`rlorch.engine.distributed`) every rank makes every call and returns the same result. Each
+      keeps only its own rows of the weights, the moments and the published bits. No rank ever holds more than one
+      whole tensor, in the serve dtype: exports and model directories pass through rank 0 tensor by tensor.
+
+With one rank this is plain torch, bit for bit what it would be without the other ranks' code.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rlorch.engine import files
+from rlorch.engine.distributed import Part, check_ranks, join, local, part_of
 from rlorch.engine.forward import score
 from rlorch.engine.learner import Learner
-from rlorch.engine.model import load_policy
-from rlorch.engine.serving import Bits, bit_views, resolve_serve_dtype, serving_tensors
+from rlorch.engine.model import load_policy, resolve_device
+from rlorch.engine.serving import Bits, bit_views, checkpoint_tensors, resolve_serve_dtype, serving_tensors
 from rlorch.engine.tokenizer import load_tokenizer
 from rlorch.engine.top_k import score_top_k
 from rlorch.errors import StorageError, UserError, WeightsError
-from rlorch.specs import TrainerSpec, WeightsSpec
+from rlorch.specs import Ranks, TrainerSpec, WeightsSpec
 from rlorch.types import AdamParams, Datum, ForwardResult, LossSpec, Manifest, Normalization, StepResult
-from rlorch.weights.codec import encode_update
+from rlorch.weights.codec import TensorChange, changed_bits, encode_changes
+from rlorch.weights.manifest import manifest_from_json, manifest_to_json
 
-FORMAT = 1
-"""Layout of what `save` writes."""
+FORMAT = 2
+"""Layout of what `save` writes: 1 is whole tensors, 2 may be in pieces (`rlorch.engine.files`). One rank writes 1."""
 STATE_FILE = "trainer.json"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Exported:
-    """Served bits of a version, by checkpoint name."""
+    """Served bits of a version, by checkpoint name: this rank's rows."""
 
     version: int
     bits: Mapping[str, Bits]
@@ -42,12 +52,14 @@ class Exported:
 class TorchTrainer:
     """One policy in training. Synchronous: one caller at a time."""
 
-    def __init__(self, model: str, spec: TrainerSpec, weights: WeightsSpec) -> None:
-        """Load `model` as version 0.
+    def __init__(self, model: str, spec: TrainerSpec, weights: WeightsSpec, ranks: Ranks | None = None) -> None:
+        """Load `model` as version 0, as one of `spec.ranks` processes.
 
         Raises:
-            ModelError, PlacementError, ConfigError: see `load_policy`, `load_tokenizer`, `resolve_serve_dtype`.
+            ModelError, PlacementError, ConfigError: see `load_policy`, `load_tokenizer`, `resolve_serve_dtype`,
+                `check_ranks`.
         """
+        place = check_ranks(spec.ranks, ranks)
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
         torch.manual_seed(spec.seed)
@@ -55,11 +67,13 @@ class TorchTrainer:
         self._zstd_level = weights.zstd_level
         self._serve_dtype = resolve_serve_dtype(spec.serve_dtype)
         self._tokenizer = load_tokenizer(model)
+        self._group, device = join(place, resolve_device(spec.device), spec.collective_timeout_s)
         self._policy = load_policy(
             model,
-            device=spec.device,
+            device=str(device),
             compute_dtype=spec.compute_dtype,
             activation_checkpointing=spec.activation_checkpointing,
+            group=self._group,
         )
         self._parameters = dict(self._policy.model.named_parameters())
         self._learner = Learner(self._policy, spec, self._parameters)
@@ -70,6 +84,15 @@ class TorchTrainer:
     def version(self) -> int:
         """Optimizer steps applied."""
         return self._learner.version
+
+    @property
+    def rank(self) -> int:
+        """Which of the ranks this is; payloads are with rank 0."""
+        return self._group.rank
+
+    def close(self) -> None:
+        """Leave the other ranks. Idempotent."""
+        self._group.close()
 
     # --- computing ------------------------------------------------------------------------------------------
 
@@ -97,22 +120,32 @@ class TorchTrainer:
     def export(self, kind: str, number: int | None = None) -> tuple[Manifest, bytes]:
         """The current weights as an "anchor", or as a "delta" against the last published bits (an anchor when there
         are none, or when they have this very number). They are published as version `number`: by default the count of
-        optimizer steps, which a run publishes once each. Idempotent."""
+        optimizer steps, which a run publishes once each. Idempotent.
+
+        Every rank returns the manifest; the payload is with rank 0 and empty elsewhere.
+        """
         if kind not in ("anchor", "delta"):
             raise UserError(f"export of kind {kind!r}; it must be anchor or delta")
         number = self.version if number is None else number
-        bits, dtypes = bit_views(serving_tensors(self._policy.model, self._serve_dtype))
-        base = self._published
-        delta = kind == "delta" and base is not None and base.version < number
-        manifest, payload = encode_update(
-            version=number,
-            kind="delta" if delta else "anchor",
-            base_version=base.version if delta and base else None,
-            base=base.bits if delta and base else None,
-            new=bits,
-            dtypes=dtypes,
-            zstd_level=self._zstd_level,
-        )
+        base = self._published if kind == "delta" else None
+        if base is not None and base.version >= number:
+            base = None
+        with self._group.together("export"):
+            bits, dtypes = bit_views(serving_tensors(self._policy.model, self._serve_dtype))
+            changes = self._changes(bits, dtypes, base)
+            if self.rank == 0:
+                manifest, payload = encode_changes(
+                    version=number,
+                    kind="anchor" if base is None else "delta",
+                    base_version=None if base is None else base.version,
+                    tensors=changes,
+                    zstd_level=self._zstd_level,
+                )
+                self._group.exchange(manifest_to_json(manifest).decode() if self._group.world > 1 else None)
+            else:
+                for _ in changes:
+                    raise AssertionError("tensors are collected on rank 0 only")
+                payload, manifest = b"", manifest_from_json(self._group.exchange(None)[0].encode())
         self._exported = Exported(number, bits)
         return manifest, payload
 
@@ -130,6 +163,31 @@ class TorchTrainer:
                 f"version {version} was published, but version {held} was exported last; export it again"
             )
 
+    def _changes(
+        self, bits: Mapping[str, Bits], dtypes: Mapping[str, str], base: Exported | None
+    ) -> Iterator[TensorChange]:
+        """Every tensor with what changed in it since `base`: each rank compares its own rows, rank 0 collects."""
+        parts = self._parts()
+        for name, held in bits.items():
+            part = parts[name]
+            if part.rows == 0:
+                held = held.reshape(-1)[:0]
+            new = self._group.collect(held.reshape(-1), part.counts)
+            index_K, xor_K = None, None
+            if base is not None:
+                old = base.bits[name].reshape(-1)[: held.size]
+                index_K, xor_K = changed_bits(old, held)
+                counts = self._group.exchange(int(index_K.size))
+                index_K = self._group.collect(index_K + part.start * part.row_elements, counts)
+                xor_K = self._group.collect(xor_K, counts)
+            if new is not None:
+                yield TensorChange(name, dtypes[name], new.reshape(part.shape), index_K, xor_K)
+
+    def _parts(self) -> dict[str, Part]:
+        """What this rank holds of each tensor that samplers get."""
+        live = checkpoint_tensors(self._policy.model)
+        return {name: part_of(tensor, self._group) for name, tensor in live.items()}
+
     # --- files ----------------------------------------------------------------------------------------------
 
     def save(self, path: str) -> dict[str, str]:
@@ -143,13 +201,34 @@ class TorchTrainer:
         Raises:
             StorageError: the directory is not empty or a file cannot be written.
         """
-        directory = files.empty_directory(path)
-        files.write_tensors(directory, "weights", self._state())
-        files.write_tensors(directory, "optimizer", self._learner.adamw.tensors())
-        files.write_tensors(directory, "generator", files.rng_tensors())
-        digests = files.seal(directory)
-        files.write_record(directory / STATE_FILE, {"format": FORMAT, "version": self.version, "files": digests})
-        return files.seal(directory)
+        directory = Path(path)
+        group = self._group
+        with group.together("save"):
+            group.agree(lambda: str(files.empty_directory(path)) if group.rank == 0 else None)
+            written = group.agree(lambda: self._write(directory))
+            digests = {name: digest for of_rank in written for name, digest in of_rank.items()}
+            record = {"format": FORMAT if group.world > 1 else 1, "version": self.version, "files": digests}
+            group.agree(lambda: files.write_record(directory / STATE_FILE, record) if group.rank == 0 else None)
+            sealed = group.agree(lambda: files.seal(directory, STATE_FILE) if group.rank == 0 else {})
+        return digests | sealed[0]
+
+    def _write(self, directory: Path) -> dict[str, str]:
+        """Write this rank's rows of the state; digests of its files by name."""
+        if self._group.world == 1:
+            files.write_tensors(directory, "weights", self._state())
+            files.write_tensors(directory, "optimizer", self._learner.adamw.tensors())
+            files.write_tensors(directory, "generator", files.rng_tensors())
+            return files.seal(directory)
+        rank = f"rank{self.rank:05d}"
+        for stem, tensors in (("weights", self._state()), ("optimizer", self._learner.adamw.tensors())):
+            parts = {name: part_of(tensor, self._group) for name, tensor in tensors.items()}
+            held = {name: local(tensor) for name, tensor in tensors.items() if parts[name].rows}
+            pieces = {name: (parts[name].start, parts[name].shape) for name in held}
+            files.write_tensors(directory, f"{stem}-{rank}", held, pieces=pieces)
+        if self.rank == 0:
+            files.write_tensors(directory, "generator", files.rng_tensors())
+            return files.seal(directory, "generator*") | files.seal(directory, f"*-{rank}*")
+        return files.seal(directory, f"*-{rank}*")
 
     def load(self, path: str, *, optimizer: bool = True) -> int:
         """Read what `save` wrote; returns the version. Idempotent.
@@ -162,18 +241,19 @@ class TorchTrainer:
             StorageError: a file is absent, damaged, or of another model; nothing was changed.
         """
         directory = Path(path)
-        state = files.read_record(directory / STATE_FILE)
-        if state.get("format") != FORMAT:
-            raise StorageError(f"{directory / STATE_FILE}: format {state.get('format')!r}, this version reads {FORMAT}")
-        files.verify(directory, state["files"])
-        self._check_shapes(directory)
-        live = self._state()
-        with torch.no_grad():
-            for name, tensor in files.read_tensors(directory, "weights"):
-                live[name].copy_(tensor)
-        self._learner.drop()
-        self._learner.adamw.restore(files.read_tensors(directory, "optimizer") if optimizer else iter(()))
-        files.restore_rng(dict(files.read_tensors(directory, "generator")))
+        with self._group.together("load"):
+            state = self._group.agree(lambda: self._verified(directory))[0]
+            live = self._state()
+            rows = self._rows(live)
+            with torch.no_grad():
+                for name, tensor in files.read_tensors(directory, "weights", rows):
+                    local(live[name]).copy_(tensor)
+            self._learner.drop()
+            rows = self._rows(self._parameters)
+            rows = {f"{key}.{name}": where for key in ("exp_avg", "exp_avg_sq") for name, where in rows.items()}
+            moments = files.read_tensors(directory, "optimizer", rows) if optimizer else iter(())
+            self._learner.adamw.restore(moments)
+            files.restore_rng(dict(files.read_tensors(directory, "generator")))
         self._exported = self._published = None
         self._learner.version = int(state["version"])
         return self.version
@@ -184,16 +264,69 @@ class TorchTrainer:
         Raises:
             StorageError: the directory is not empty or a file cannot be written.
         """
+        directory = Path(path)
+        leads = self.rank == 0
+        with self._group.together("save_pretrained"):
+            self._group.agree(lambda: self._write_config(path) if leads else None)
+            self._group.agree(lambda: self._write_model(directory))
+            self._group.agree(lambda: files.seal(directory) if leads else None)
+
+    def _write_config(self, path: str) -> None:
+        """What is small in a model directory."""
         directory = files.empty_directory(path)
         with files.storing(directory, "write to"):
             config = type(self._policy.config).from_dict(self._policy.config.to_dict())
             config.dtype = self._serve_dtype
-            config.architectures = [type(self._policy.model).__name__]
+            config.architectures = [type(self._policy.model).__name__.removeprefix("FSDP")]
             config.save_pretrained(directory)
             self._policy.model.generation_config.save_pretrained(directory)
             self._tokenizer.save_pretrained(directory)
-        files.write_tensors(directory, "model", serving_tensors(self._policy.model, self._serve_dtype))
-        files.seal(directory)
+
+    def _write_model(self, directory: Path) -> None:
+        """The served weights, collected on rank 0 one by one. A rank 0 that cannot write takes what the others send all
+        the same."""
+        held = serving_tensors(self._policy.model, self._serve_dtype)
+        bits, _ = bit_views(held)
+        parts = self._parts()
+        width = self._serve_dtype.itemsize
+        sizes = {name: sum(part.counts) * width for name, part in parts.items()}
+
+        def collected() -> Iterator[tuple[str, Tensor]]:
+            for name, part in parts.items():
+                flat = bits[name].reshape(-1)[: part.rows * part.row_elements]
+                found = self._group.collect(flat, part.counts)
+                if found is not None:
+                    yield name, torch.from_numpy(found).view(self._serve_dtype).reshape(part.shape)
+
+        tensors = collected()
+        if self.rank > 0:
+            for _ in tensors:
+                raise AssertionError("tensors are collected on rank 0 only")
+            return
+        try:
+            files.write_stream(directory, "model", sizes, tensors)
+        except StorageError:
+            for _ in tensors:
+                pass
+            raise
+
+    def _verified(self, directory: Path) -> dict[str, Any]:
+        """The record of a checkpoint of this model, whose files each rank checks a share of."""
+        state = files.read_record(directory / STATE_FILE)
+        if state.get("format") not in range(1, FORMAT + 1):
+            raise StorageError(
+                f"{directory / STATE_FILE}: format {state.get('format')!r}; this version reads 1 to {FORMAT}"
+            )
+        names = sorted(state["files"])[self.rank :: self._group.world]
+        files.verify(directory, {name: state["files"][name] for name in names})
+        self._check_shapes(directory)
+        return state
+
+    def _rows(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+        """(first row, number of rows) that this rank holds, by name; whole tensors are left out."""
+        sharded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+        parts = {name: part_of(tensor, self._group) for name, tensor in sharded.items()}
+        return {name: (part.start, part.rows) for name, part in parts.items()}
 
     def _state(self) -> dict[str, torch.Tensor]:
         """Live tensors that `save` keeps: parameters and persistent buffers, tied ones once."""

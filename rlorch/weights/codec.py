@@ -24,7 +24,8 @@ payload digest first, then every length against coding, shape and changed count.
 P elements of a tensor, K changed elements, N gaps, S elements of a sample.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Literal
@@ -50,6 +51,19 @@ from rlorch.weights.update import TensorUpdate, apply_update
 __all__ = ["TensorUpdate", "apply_update", "decode_update", "digest", "encode_update", "iter_update"]
 
 Coding = Literal["same", "full", "xor", "sparse"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorChange:
+    """A tensor to encode: its bits and, in a delta, the increasing flat indices that changed with what to XOR there
+    (what was there is the XOR of both)."""
+
+    name: str
+    dtype: str
+    new: Bits
+    index_K: NDArray[np.int64] | None = None
+    xor_K: Bits | None = None
+
 
 SURELY_SPARSE = 0.02
 """Changed fraction below which sparse is smaller than xor in every measurement (benchmarks/delta_codec.py)."""
@@ -93,18 +107,44 @@ def encode_update(
             changes need an anchor.
     """
     _check_inputs(kind, version, base_version, base, new, dtypes)
+
+    def changes() -> Iterator[TensorChange]:
+        for name, bits in new.items():
+            old = None if kind == "anchor" or base is None else base[name]
+            index_K, xor_K = (None, None) if old is None else changed_bits(old, bits)
+            yield TensorChange(name, dtypes[name], bits, index_K, xor_K)
+
+    return encode_changes(
+        version=version, kind=kind, base_version=base_version, tensors=changes(), zstd_level=zstd_level
+    )
+
+
+def changed_bits(old: Bits, new: Bits) -> tuple[NDArray[np.int64], Bits]:
+    """Flat indices where two bit views differ, increasing, and what to XOR there."""
+    old_P, new_P = np.ascontiguousarray(old).reshape(-1), np.ascontiguousarray(new).reshape(-1)
+    index_K = changed_indices(old_P, new_P)
+    return index_K, old_P[index_K] ^ new_P[index_K]
+
+
+def encode_changes(
+    *, version: int, kind: ManifestKind, base_version: int | None, tensors: Iterable[TensorChange], zstd_level: int = 1
+) -> tuple[Manifest, bytes]:
+    """`encode_update` of tensors that come one at a time, with what changed in each. Equal tensors and changes give
+    equal bytes."""
     writer = FrameWriter(zstd_level)
     entries: list[TensorEntry] = []
-    for name, bits in new.items():
-        flat_P = np.ascontiguousarray(bits).reshape(-1)
-        if kind == "anchor" or base is None:
-            coding, streams, changed = "full", to_planes(flat_P), flat_P.size
+    full_bytes = 0
+    for tensor in tensors:
+        new_P = np.ascontiguousarray(tensor.new).reshape(-1)
+        if tensor.index_K is None or tensor.xor_K is None:
+            coding, streams, changed = "full", to_planes(new_P), new_P.size
         else:
-            coding, streams, changed = _encode_tensor(np.ascontiguousarray(base[name]).reshape(-1), flat_P, zstd_level)
+            coding, streams = _encode_tensor(new_P, tensor.index_K, tensor.xor_K, zstd_level)
+            changed = tensor.index_K.size
         offset, length = writer.add(streams)
-        entries.append(
-            TensorEntry(name, dtypes[name], tuple(bits.shape), digest(flat_P), coding, offset, length, changed)
-        )
+        full_bytes += new_P.nbytes
+        shape = tuple(tensor.new.shape)
+        entries.append(TensorEntry(tensor.name, tensor.dtype, shape, digest(new_P), coding, offset, length, changed))
     payload = writer.payload()
     payload_digest = digest(payload)
     manifest = Manifest(
@@ -115,7 +155,7 @@ def encode_update(
         payload=payload_key(version, kind, payload_digest),
         payload_digest=payload_digest,
         payload_bytes=len(payload),
-        full_bytes=sum(bits.nbytes for bits in new.values()),
+        full_bytes=full_bytes,
         tensors=tuple(entries),
     )
     return manifest, payload
@@ -153,30 +193,36 @@ def _check_inputs(
             )
 
 
-def _encode_tensor(old_P: Bits, new_P: Bits, zstd_level: int) -> tuple[Coding, list[bytes], int]:
-    """The smallest coding of a tensor, its streams, and the number of changed elements."""
-    index_K = changed_indices(old_P, new_P)
+def _encode_tensor(new_P: Bits, index_K: NDArray[np.int64], xor_K: Bits, zstd_level: int) -> tuple[Coding, list[bytes]]:
+    """The smallest coding of a tensor, and its streams."""
     if not index_K.size:
-        return "same", [], 0
-    coding = _choose(old_P, new_P, index_K.size, zstd_level)
+        return "same", []
+    coding = _choose(new_P, index_K, xor_K, zstd_level)
     if coding == "sparse":
-        streams = _sparse_streams(index_K, old_P[index_K] ^ new_P[index_K])
-    else:
-        streams = to_planes(new_P if coding == "full" else old_P ^ new_P)
-    return coding, streams, index_K.size
+        return coding, _sparse_streams(index_K, xor_K)
+    return coding, to_planes(new_P if coding == "full" else _dense(new_P.size, index_K, xor_K))
 
 
-def _choose(old_P: Bits, new_P: Bits, changed: int, zstd_level: int) -> Coding:
+def _dense(elements: int, index_K: NDArray[np.int64], xor_K: Bits) -> Bits:
+    """XOR of all elements."""
+    xor_P = np.zeros(elements, xor_K.dtype)
+    xor_P[index_K] = xor_K
+    return xor_P
+
+
+def _choose(new_P: Bits, index_K: NDArray[np.int64], xor_K: Bits, zstd_level: int) -> Coding:
     """Which coding is smallest, by the changed share and, where that is not decisive, by compressing a sample."""
+    changed = index_K.size
     if changed < SURELY_SPARSE * new_P.size and new_P.size > SAMPLE_ELEMENTS:
         return "sparse"
     start = max(0, (new_P.size - SAMPLE_ELEMENTS) // 2)
-    old_S, new_S = old_P[start : start + SAMPLE_ELEMENTS], new_P[start : start + SAMPLE_ELEMENTS]
-    xor_S = old_S ^ new_S
+    new_S = new_P[start : start + SAMPLE_ELEMENTS]
+    inside = slice(*np.searchsorted(index_K, (start, start + new_S.size)))
+    sampled_K = index_K[inside] - start
+    xor_S = _dense(new_S.size, sampled_K, xor_K[inside])
     xor_size = len(compress(to_planes(xor_S), zstd_level))
     if changed <= SURELY_DENSE * new_P.size:
-        index_K = np.flatnonzero(xor_S)
-        sparse_size = len(compress(_sparse_streams(index_K, xor_S[index_K]), zstd_level))
+        sparse_size = len(compress(_sparse_streams(sampled_K, xor_K[inside]), zstd_level))
         return "sparse" if sparse_size <= xor_size else "xor"
     return "full" if len(compress(to_planes(new_S), zstd_level)) < FULL_MARGIN * xor_size else "xor"
 
