@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from rlorch.placement import Devices
 from rlorch.ports import Sampler, Tokenizer, TrainerHost
-from rlorch.specs import HostSpec, RuntimeSpec
+from rlorch.specs import Dtype, HostSpec, RuntimeSpec
+from rlorch.types import Manifest
 
 
 class Cluster(Protocol):
@@ -42,6 +43,12 @@ class Cluster(Protocol):
 
     async def stop_sampler(self, name: str) -> None:
         """End a replica; unknown names are ignored. Idempotent."""
+        ...
+
+    async def base_anchor(self, model_dir: str, store_dir: str, dtype: Dtype) -> Manifest:
+        """The anchor, version 0, of a model directory as it is on disk, in `dtype` (auto: bfloat16): what a trainer
+        exports before its first step. Its payload is in the weight store at `store_dir` when this returns. Made once
+        for a directory that does not change. Raises `ModelError`, `StorageError`. Idempotent."""
         ...
 
     def tokenizer(self, model: str) -> Tokenizer:
