@@ -6,10 +6,13 @@ its ranks. Every wait has a deadline, after which all ranks are killed.
 
 import multiprocessing
 import os
+import resource
+import signal
 import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from trainer_builders import rows
@@ -17,8 +20,9 @@ from trainer_builders import rows
 from rlorch.engine.distributed import whole
 from rlorch.engine.reference import TorchReference
 from rlorch.engine.trainer import TorchTrainer
+from rlorch.errors import RlorchError, StorageError
 from rlorch.specs import Ranks, TrainerSpec, WeightsSpec
-from rlorch.types import AdamParams, LossSpec
+from rlorch.types import AdamParams, Datum, LossSpec
 
 DEADLINE_S = 90.0
 TIS = LossSpec("importance_sampling", {"tis_cap": 2.0})
@@ -105,7 +109,144 @@ def train(ranks, model, spec, steps):
     trainer = open_trainer(ranks, model, **spec)
     returned = [step(trainer, **options) for options in steps]
     final = state(trainer)
-    held = {type(p) is not torch.nn.Parameter or isinstance(p.data, DTensor) for p in trainer._parameters.values()}
+    sharded = all(isinstance(parameter, DTensor) for parameter in trainer._parameters.values())
     scored = trainer.forward(rows(7, [9, 14, 3])).logprobs
     trainer.close()
-    return returned, final, scored, held
+    return returned, final, scored, sharded
+
+
+def save(ranks, model, path, steps):
+    """Take some steps, save, and take one more: (digests, state at the save, state after)."""
+    trainer = open_trainer(ranks, model, compute_dtype="float32")
+    for lengths in steps:
+        step(trainer, lengths)
+    digests = trainer.save(path)
+    saved = state(trainer)
+    step(trainer, [12, 12])
+    after = state(trainer)
+    trainer.close()
+    return digests, saved, after
+
+
+def load(ranks, model, path):
+    """Load, and take one more step: (version, state as loaded, state after)."""
+    trainer = open_trainer(ranks, model, compute_dtype="float32")
+    step(trainer, [5, 3])
+    trainer.forward_backward(rows(99, [7]), TIS)  # what load must drop
+    version = trainer.load(path)
+    loaded = state(trainer)
+    step(trainer, [12, 12])
+    after = state(trainer)
+    trainer.close()
+    return version, loaded, after
+
+
+def refused_load(ranks, model, path):
+    """(error of a load, whether the state is as it was)."""
+    trainer = open_trainer(ranks, model, compute_dtype="float32")
+    step(trainer, [5, 3])
+    before = state(trainer)
+    try:
+        trainer.load(path)
+        error = None
+    except StorageError as raised:
+        error = str(raised)
+    after = state(trainer)
+    return error, all((before[name] == after[name]).all() for name in before) and before.keys() == after.keys()
+
+
+def publish(ranks, model, serve_dtype, path):
+    """Publish an anchor and two deltas, then write the model: manifests and payloads, whole weights of each."""
+    trainer = open_trainer(ranks, model, compute_dtype="float32", serve_dtype=serve_dtype, micro_batch_tokens=12)
+    exported = []
+    for rate in (1e-5, 1e-5, 2e-3):
+        exported.append((*trainer.export("delta"), state(trainer)))
+        trainer.published(trainer.version)
+        step(trainer, [12, 12], rate=rate)
+    trainer.save_pretrained(path)
+    held = {name: len(bits) * bits[:1].size if bits.ndim else 1 for name, bits in trainer._published.bits.items()}
+    trainer.close()
+    return exported, held
+
+
+def refuse(ranks, model, path):
+    """Everything that is refused on all ranks alike, and that training goes on after it; messages."""
+    trainer = open_trainer(ranks, model, compute_dtype="float32")
+    step(trainer, [5, 3])
+    before, said = state(trainer), []
+
+    def refused(call, *args):
+        try:
+            call(*args)
+            said.append("nothing")
+        except RlorchError as error:
+            said.append(f"{type(error).__name__}: {error}")
+
+    refused(trainer.optim_step, AdamParams(), "none")
+    refused(trainer.forward_backward, [Datum(np.array([1, 2]), {})], TIS)
+    refused(trainer.forward_backward, rows(1, [5]), LossSpec("ppo2"))
+    refused(trainer.load, f"{path}/nowhere")
+    Path(path).mkdir(exist_ok=True)
+    (Path(path) / "notes.txt").write_text("mine")
+    refused(trainer.save, path)
+    refused(trainer.save_pretrained, path)
+    refused(trainer.published, 7)
+    trainer.forward_backward(rows(1, [9]), TIS)
+    if ranks.rank == 1:  # a number that one rank alone holds
+        trainer._parameters["model.norm.weight"].grad.to_local()[0] = float("nan")
+    refused(trainer.optim_step, AdamParams(), "none")
+    after = state(trainer)
+    unchanged = all((before[name] == after[name]).all() for name in before)
+    stepped = step(trainer, [5, 3])[1]["num_sequences:last"]
+    trainer.close()
+    return said, unchanged, stepped
+
+
+def fill_disk(ranks, model, path):
+    """What a rank 0 whose files may not grow says, and that all ranks go on."""
+    trainer = open_trainer(ranks, model, compute_dtype="float32")
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if ranks.rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, limit[1]))
+    said = []
+    for write, name in ((trainer.save, "state"), (trainer.save_pretrained, "model")):
+        try:
+            write(f"{path}/{name}")
+            said.append("nothing")
+        except StorageError as error:
+            said.append(str(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    stepped = step(trainer, [5, 3])[1]["num_sequences:last"]
+    trainer.close()
+    return said, stepped
+
+
+def fail(ranks, model, how):
+    """Rank 1 dies or raises in the middle of its second step; what the others get, and within what time."""
+    trainer = open_trainer(ranks, model, compute_dtype="float32")
+    step(trainer, [9, 9, 9])
+
+    def now(*_):
+        if how == "dies":
+            os._exit(1)
+        raise torch.OutOfMemoryError("out of memory")
+
+    if ranks.rank == 1:
+        trainer._policy.model.model.layers[2].register_forward_pre_hook(now)
+    said = []
+    start = time.monotonic()
+    for _ in range(2):
+        try:
+            step(trainer, [9, 9, 9])
+            said.append("nothing")
+        except RlorchError as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said, time.monotonic() - start
+
+
+def refer(ranks, model, datums):
+    """What a reference over the ranks returns."""
+    spec = TrainerSpec(device="cpu", threads=1, ranks=ranks.world, compute_dtype="float32", micro_batch_tokens=20)
+    reference = TorchReference(model, spec, ranks)
+    return reference.logprobs(datums), reference.top_k(datums, 3).top_k

@@ -2,8 +2,12 @@
 
 import numpy as np
 import pytest
-from ranks import on_ranks, train
-from trainer_builders import tiny_model
+from ranks import fail, on_ranks, refer, refuse, run_ranks, train
+from trainer_builders import rows, tiny_model
+
+from rlorch.engine.trainer import TorchTrainer
+from rlorch.errors import ConfigError
+from rlorch.specs import TrainerSpec, WeightsSpec
 
 pytestmark = pytest.mark.engine
 
@@ -40,3 +44,79 @@ def compare(model, directory, world, spec, steps, *, exact):
 def test_two_ranks_are_bit_equal_to_two_micro_batches_without_clipping(model, tmp_path):
     steps = [{"lengths": [12, 12]}] * 4
     compare(model, tmp_path, 2, {"micro_batch_tokens": 12}, steps, exact=True)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_follow_one_process_over_uneven_rows_calls_clipping_and_recomputation(model, tmp_path, world):
+    spec = {"micro_batch_tokens": 40, "logprob_chunk_tokens": 4, "activation_checkpointing": True}
+    steps = [
+        {"lengths": [14, 3, 9, 30, 1, 60, 22], "clip": 1.0},
+        {"lengths": [17], "clip": 1.0},  # fewer rows than ranks
+        {"lengths": [9, 8, 20, 4, 13], "calls": 3, "clip": 0.5},
+        {"lengths": [5, 5, 5]},
+    ]
+    of_ranks = compare(model, tmp_path, world, spec, steps, exact=False)
+    assert all(sharded for *_, sharded in of_ranks)
+    for name, value in of_ranks[0][1].items():
+        for _, other, *_ in of_ranks[1:]:
+            np.testing.assert_array_equal(other[name], value)
+
+
+def test_ranks_return_bit_equal_results(model, tmp_path):
+    first, second = on_ranks(2, train, tmp_path, model, FLOAT32, [{"lengths": [14, 3, 9], "calls": 2}] * 2)
+    assert [stepped for _, stepped in first[0]] == [stepped for _, stepped in second[0]]
+    for (calls, _), (others, _) in zip(first[0], second[0], strict=True):
+        for (logprobs, metrics), (other_logprobs, other_metrics) in zip(calls, others, strict=True):
+            assert metrics == other_metrics
+            assert all((a == b).all() for a, b in zip(logprobs, other_logprobs, strict=True))
+
+
+def test_a_reference_over_ranks_scores_as_one_process(model, tmp_path):
+    datums = rows(5, [14, 9, 30, 2, 11])
+    ((one, one_top),) = on_ranks(1, refer, tmp_path, model, datums)
+    for found, top in on_ranks(2, refer, tmp_path, model, datums):
+        for a, b in zip(one, found, strict=True):
+            np.testing.assert_allclose(b, a, atol=1e-5)
+        for (ids, values), (other_ids, other_values) in zip(one_top, top, strict=True):
+            np.testing.assert_array_equal(other_ids, ids)
+            np.testing.assert_allclose(other_values, values, atol=1e-5)
+
+
+def test_what_is_refused_is_refused_on_every_rank_and_training_goes_on(model, tmp_path):
+    of_ranks = on_ranks(2, refuse, tmp_path, model, str(tmp_path / "full"))
+    assert of_ranks[0] == of_ranks[1]
+    said, unchanged, stepped = of_ranks[0]
+    kinds = [message.partition(":")[0] for message in said]
+    assert kinds == [
+        "UserError",
+        "UserError",
+        "ConfigError",
+        "StorageError",
+        "StorageError",
+        "StorageError",
+        "WeightsError",
+        "NonFiniteError",
+    ]
+    assert "is not empty" in said[4]
+    assert "['model.norm.weight']" in said[7]
+    assert unchanged
+    assert stepped == 2
+
+
+@pytest.mark.parametrize("how", ["dies", "raises"])
+def test_a_rank_that_fails_in_the_middle_does_not_hang_the_others(model, tmp_path, how):
+    first, second, third = run_ranks(3, fail, tmp_path, model, how)
+    for rank, result in ((0, first), (2, third)):
+        said, seconds = result
+        assert f"rank {rank} of 3: forward_backward failed" in said[0]
+        assert f"rank {rank} of 3: forward_backward after" in said[1]
+        assert seconds < 15, "well before the group's timeout"
+    if how == "dies":
+        assert second is None
+    else:
+        assert "rank 1 of 3: forward_backward failed (OutOfMemoryError: out of memory)" in second[0][0]
+
+
+def test_several_ranks_in_one_process_are_refused(model):
+    with pytest.raises(ConfigError, match=r"trainer.ranks = 2, but here the trainer has 1 processes"):
+        TorchTrainer(model, TrainerSpec(ranks=2), WeightsSpec())
