@@ -13,7 +13,6 @@ class JobRecord:
 
     job: Job
     spec: HostSpec
-    supports_lora: bool = True
     num_models: int = 0
 
 
@@ -21,13 +20,16 @@ class JobRecord:
 class ModelRecord:
     """A model in training.
 
-    `spec` is what the host knows it by. `info.next_seq_id` is the first number whose operation had not begun. `lost`
-    says why its weights are not what it was trained to: set when its host ended, cleared by a load. `closed` says why
-    it takes no more operations.
+    `spec` is what the host knows it by, `number` its place among the models of its job. `info.next_seq_id` is the first
+    number whose operation had not begun. `accumulated`: a gradient may have been added since the last step. `lost` says
+    why its weights are not what it was trained to: set when its host ended, cleared by a load. `closed` says why it
+    takes no more operations.
     """
 
     info: ModelInfo
     spec: ModelSpec
+    number: int
+    accumulated: bool = False
     lost: str = ""
     closed: str = ""
 

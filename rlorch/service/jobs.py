@@ -1,0 +1,356 @@
+"""Trainer jobs: each has a host, the processes that hold its base model.
+
+    create -> PENDING -> [task] start_host -> RUNNING          resume does the same again
+    a lost host -> FAILED, with the cause                      idle for too long -> PAUSED, devices freed
+
+Invariants: a job's record is on disk before anything is started for it; an id is used once, its record and its
+checkpoints outlive the job; a host runs only for a job that is starting or RUNNING; models learn of every host that
+comes (`hosted`) and goes (`unhosted`) before the job's state says so.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+from uuid import uuid4
+
+from rlorch.aio import Watched, deadline
+from rlorch.errors import DeadlineError, InvariantError, ReplicaLostError, RlorchError, UserError
+from rlorch.ports import TrainerHost
+from rlorch.service import job_specs, job_states, references
+from rlorch.service.base_models import BaseModels, context_length
+from rlorch.service.checkpoints import Checkpoints
+from rlorch.service.layout import Layout
+from rlorch.service.ports import Cluster
+from rlorch.service.records import Records
+from rlorch.service.tables import JOBS, JobRecord
+from rlorch.service.tasks import Tasks
+from rlorch.service.types import Job, JobConfig, JobEvent, JobState
+from rlorch.shapes import Catalogue, TrainingShapeProfile
+
+_log = logging.getLogger(__name__)
+
+
+class Tenants(Protocol):
+    """What lives on the hosts: the models in training."""
+
+    async def hosted(self, job_id: str, host: TrainerHost, *, fresh: bool) -> None:
+        """A host is there; `fresh`: it holds nothing but the base model."""
+        ...
+
+    async def unhosted(self, job_id: str, why: str, *, forget: bool) -> None:
+        """The host is gone; `forget`: for good."""
+        ...
+
+    def step(self, job_id: str) -> int:
+        """Optimizer steps of the newest model."""
+        ...
+
+    def is_idle(self, job_id: str) -> bool:
+        """Whether no operation waits or runs."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class JobLimits:
+    """Seconds. `start_s`: from creation to a running host, waiting for devices included."""
+
+    start_s: float = 48 * 3600.0
+    probe_s: float = 30.0
+    stop_s: float = 60.0
+
+
+class Jobs:
+    """The trainer jobs of a service. References to jobs are ids or names."""
+
+    def __init__(
+        self,
+        records: Records,
+        layout: Layout,
+        cluster: Cluster,
+        tasks: Tasks,
+        checkpoints: Checkpoints,
+        base_models: BaseModels,
+        catalogue: Catalogue,
+        now_s: Callable[[], float],
+        limits: JobLimits = JobLimits(),
+    ) -> None:
+        self._records = records
+        self._layout = layout
+        self._cluster = cluster
+        self._tasks = tasks
+        self._checkpoints = checkpoints
+        self._base_models = base_models
+        self._catalogue = catalogue
+        self._now_s = now_s
+        self._limits = limits
+        self._tenants: Tenants | None = None
+        self._hosts: dict[str, TrainerHost] = {}
+        self._starting: dict[str, asyncio.Task[None]] = {}
+        self._active_s: dict[str, float] = {}
+        self._states: dict[str, Watched[JobState]] = {}
+        self._updating = asyncio.Lock()
+
+    # --- what users ask -----------------------------------------------------------------------------------
+
+    async def create(self, config: JobConfig, job_id: str | None = None) -> Job:
+        """Create a job and begin to start its host; returns at once. Idempotent by id: an existing job is returned.
+
+        Raises:
+            UserError: the id was deleted or is none, or the base model is unknown.
+            ConfigError: the config contradicts itself or its shape.
+            PlacementError: no shape fits.
+        """
+        job_id = f"job-{uuid4().hex[:8]}" if job_id is None else references.check_id("the id of a job", job_id)
+        if self._records.get(JOBS, job_id) is not None:
+            return await self._existing(job_id)
+        job_specs.check(config)
+        model_dir = self._base_models.directory(config.base_model)
+        plan = job_specs.plan(
+            config,
+            model_dir=str(model_dir),
+            model_context=context_length(model_dir),
+            job_dir=str(self._layout.job(job_id)),
+            catalogue=self._catalogue,
+            devices=await self._cluster.devices(),
+        )
+        now_s = self._now_s()
+        message = "waiting for the trainer host"
+        job = Job(
+            id=job_id,
+            config=config,
+            state="PENDING",
+            message=message,
+            created_s=now_s,
+            updated_s=now_s,
+            model_dir=str(model_dir),
+            max_context_length=plan.max_context_length,
+            training_shape_version=plan.training_shape_version,
+            events=(JobEvent(now_s, "PENDING", message),),
+        )
+        async with self._updating:
+            if self._records.get(JOBS, job_id) is not None:  # a call with this id was faster
+                return await self._existing(job_id)
+            await self._records.put(JOBS, job_id, JobRecord(job, plan.spec))
+        self._begin(job_id)
+        return await self.get(job_id)
+
+    async def get(self, job_id: str) -> Job:
+        """A job, deleted ones included. Raises `UserError` for an unknown one. Idempotent."""
+        record = self.record(references.job_id(job_id))
+        return replace(record.job, step=self._tenant().step(record.job.id))
+
+    async def list(self) -> tuple[Job, ...]:
+        """All jobs, oldest first, deleted ones included. Idempotent."""
+        jobs = [await self.get(job_id) for job_id in self._records.list(JOBS)]
+        return tuple(sorted(jobs, key=lambda job: job.created_s))
+
+    async def wait(self, job_id: str, timeout_s: float) -> Job:
+        """The job as soon as it is neither PENDING nor CREATING, or as it is after `timeout_s`. Idempotent."""
+        job = await self.get(job_id)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._watched(job.id).until(lambda state: state not in job_states.STARTING)
+        except TimeoutError:
+            pass  # the state says so
+        return await self.get(job_id)
+
+    async def resume(self, job_id: str) -> Job:
+        """Start the host of a job again; nothing happens where it runs or starts already.
+
+        Weights begin at the base model: `Job.message` names the newest state, which the client loads. Raises
+        `UserError` for a deleted or unknown job.
+        """
+        job = await self._existing(references.job_id(job_id))
+        if not job_states.can_resume(job.state):
+            return job
+        newest = self._checkpoints.newest_state(job.id)
+        advice = f"load state {newest.name} (step {newest.step}) to go on from there" if newest else "it has no state"
+        if await self._move(job.id, "PENDING", f"resumed; {advice}"):
+            self._begin(job.id)
+        return await self.get(job.id)
+
+    async def delete(self, job_id: str) -> None:
+        """Stop a job and never use its id again; its checkpoints stay until their time to live. Idempotent."""
+        job_id = references.job_id(job_id)
+        if self.record(job_id).job.state == "DELETED":
+            return
+        await self._move(job_id, "DELETED", "deleted by its user")
+        if (starting := self._starting.pop(job_id, None)) is not None:
+            starting.cancel()
+            await asyncio.wait([starting])
+        await self._end_host(job_id, f"job {job_id} was deleted", forget=True)
+
+    async def profile(self, ref: str) -> TrainingShapeProfile:
+        """What a training shape gives. Raises `ConfigError` naming the nearest shapes."""
+        return self._catalogue.resolve(ref)
+
+    # --- what other parts of the service ask ---------------------------------------------------------------
+
+    def attach(self, tenants: Tenants) -> None:
+        """Tell `tenants` of every host from now on. Once, before `start`."""
+        self._tenants = tenants
+
+    def record(self, job_id: str) -> JobRecord:
+        """The record of a job, by id. Raises `UserError`."""
+        record = self._records.get(JOBS, job_id)
+        if record is None:
+            known = ", ".join(list(self._records.list(JOBS))[-10:]) or "none"
+            raise UserError(f"there is no job {job_id}; there are: {known}")
+        return record
+
+    async def next_model_number(self, job_id: str) -> int:
+        """A number that no model of the job has had."""
+        async with self._updating:
+            record = self.record(job_id)
+            await self._records.put(JOBS, job_id, replace(record, num_models=record.num_models + 1))
+        return record.num_models + 1
+
+    def host(self, job_id: str) -> TrainerHost:
+        """The host of a job that runs.
+
+        Raises:
+            UserError: unknown or deleted.
+            ReplicaLostError: it does not run now; the message says why and what to do.
+        """
+        if (host := self._hosts.get(job_id)) is not None:
+            return host
+        job = self.record(job_id).job
+        if job.state == "DELETED":
+            raise UserError(f"job {job_id} was deleted")
+        advice = "wait for it" if job.state in job_states.STARTING else "resume it"
+        raise ReplicaLostError(f"job {job_id} has no trainer host: it is {job.state} ({job.message}); {advice}")
+
+    def touch(self, job_id: str) -> None:
+        """The job is in use now: its inactivity timeout begins anew."""
+        self._active_s[job_id] = self._now_s()
+
+    async def host_lost(self, job_id: str, cause: str) -> None:
+        """The host of a running job is gone: the job is FAILED. Idempotent."""
+        if job_id not in self._hosts:
+            return
+        newest = self._checkpoints.newest_state(job_id)
+        advice = f"resume it and load state {newest.name} (step {newest.step})" if newest else "resume it"
+        _log.error("job %s lost its trainer host: %s", job_id, cause)
+        await self._end_host(job_id, f"the trainer host of job {job_id} ended: {cause}; {advice}")
+        await self._move(job_id, "FAILED", f"its trainer host ended: {cause}; {advice}")
+
+    async def start(self) -> None:
+        """Take up what runs: find hosts again, go on with starts that were cut short, fail what has gone."""
+        for job_id, record in self._records.list(JOBS).items():
+            state = record.job.state
+            if state in job_states.STARTING:
+                self._begin(job_id)
+            elif state == "RUNNING":
+                await self._find_again(job_id)
+
+    async def sweep(self, now_s: float) -> None:
+        """Probe every host; pause jobs that were idle for longer than their inactivity timeout."""
+        for job_id in list(self._hosts):
+            timeout_s = self.record(job_id).job.config.inactivity_timeout_s
+            idle_s = now_s - self._active_s.get(job_id, now_s) if self._tenant().is_idle(job_id) else 0.0
+            if timeout_s is not None and idle_s >= timeout_s:
+                await self._pause(job_id, timeout_s)
+            elif job_id in self._hosts:
+                await self._probe(job_id)
+
+    # --- hosts --------------------------------------------------------------------------------------------
+
+    def _begin(self, job_id: str) -> None:
+        self._starting[job_id] = self._tasks.spawn(f"start of job {job_id}", self._start(job_id))
+
+    async def _start(self, job_id: str) -> None:
+        """consumes: a PENDING job; produces: a RUNNING or FAILED one."""
+        record = self.record(job_id)
+        if record.job.state == "PENDING":
+            await self._move(job_id, "CREATING", "starting the trainer host")
+        what = f"job {job_id}: its trainer host did not start; free devices or choose a smaller shape"
+        try:
+            async with deadline(self._limits.start_s, what):
+                host = await self._cluster.start_host(job_id, record.spec)
+                await self._take(job_id, host, fresh=True)
+        except Exception as error:
+            if not isinstance(error, RlorchError):
+                _log.exception("job %s: its trainer host did not start", job_id)
+            why = f"its trainer host did not start: {type(error).__name__}: {error}"
+            await self._end_host(job_id, f"job {job_id}: {why}")
+            await self._move(job_id, "FAILED", why)
+        finally:
+            self._starting.pop(job_id, None)
+
+    async def _take(self, job_id: str, host: TrainerHost, *, fresh: bool) -> None:
+        await self._tenant().hosted(job_id, host, fresh=fresh)
+        self._hosts[job_id] = host
+        self.touch(job_id)
+        if fresh:
+            message = "the trainer host runs"
+            if (newest := self._checkpoints.newest_state(job_id)) is not None:
+                message += f" with the base model's weights; the newest state is {newest.name} (step {newest.step})"
+            await self._move(job_id, "RUNNING", message)
+
+    async def _find_again(self, job_id: str) -> None:
+        try:
+            async with deadline(self._limits.probe_s, f"job {job_id}: its trainer host does not answer"):
+                host = await self._cluster.find_host(job_id)
+                if host is not None:
+                    await self._take(job_id, host, fresh=False)
+                    return
+            cause = "it was gone when the service came back"
+        except RlorchError as error:
+            cause = str(error)
+        await self._end_host(job_id, f"the trainer host of job {job_id} ended: {cause}")
+        await self._move(job_id, "FAILED", f"its trainer host ended: {cause}; resume it")
+
+    async def _probe(self, job_id: str) -> None:
+        try:
+            async with deadline(self._limits.probe_s, f"job {job_id}: its trainer host does not answer"):
+                if await self._cluster.find_host(job_id) is None:
+                    await self.host_lost(job_id, "it does not answer any more")
+        except DeadlineError as error:  # busy is not dead; the cluster knows which
+            _log.warning("%s", error)
+
+    async def _pause(self, job_id: str, timeout_s: float) -> None:
+        newest = self._checkpoints.newest_state(job_id)
+        advice = f"resume it and load state {newest.name}" if newest else "resume it"
+        why = f"no operation came for {timeout_s:g} s (inactivity_timeout_s)"
+        await self._end_host(job_id, f"job {job_id} was paused: {why}; {advice}")
+        await self._move(job_id, "PAUSED", f"{why}; its devices are free; {advice}")
+
+    async def _end_host(self, job_id: str, why: str, *, forget: bool = False) -> None:
+        self._hosts.pop(job_id, None)
+        await self._tenant().unhosted(job_id, why, forget=forget)
+        try:
+            async with deadline(self._limits.stop_s, f"job {job_id}: its trainer host does not end"):
+                await self._cluster.stop_host(job_id)
+        except RlorchError as error:
+            _log.warning("%s", error)
+
+    # --- records ------------------------------------------------------------------------------------------
+
+    async def _existing(self, job_id: str) -> Job:
+        job = await self.get(job_id)
+        if job.state == "DELETED":
+            raise UserError(f"job {job_id} was deleted and its id is not used again: choose another one")
+        return job
+
+    async def _move(self, job_id: str, to: JobState, message: str) -> bool:
+        """Change a job's state, unless it has been deleted or ended meanwhile."""
+        async with self._updating:
+            record = self.record(job_id)
+            if not job_states.can_move(record.job.state, to):
+                return False
+            job = job_states.moved(replace(record.job, step=self._tenant().step(job_id)), to, message, self._now_s())
+            await self._records.put(JOBS, job_id, replace(record, job=job))
+        self._watched(job_id).set(to)
+        return True
+
+    def _watched(self, job_id: str) -> Watched[JobState]:
+        if job_id not in self._states:
+            self._states[job_id] = Watched(self.record(job_id).job.state)
+        return self._states[job_id]
+
+    def _tenant(self) -> Tenants:
+        if self._tenants is None:
+            raise InvariantError("jobs were used before their models were attached")
+        return self._tenants

@@ -1,0 +1,526 @@
+"""Models in training: numbered operations, run in order on the host of their job, their outcomes kept until read.
+
+    submit(seq_id) -> OperationLog -> [one task per model] -> [one turn per job] -> host -> Results -> retrieve
+
+Invariants:
+    an operation is begun at most once, in the order of the numbers, whatever arrives twice, late or never: its number
+    is on disk before the host is asked, so that this holds over a restart of the service;
+    an operation that fails is a `Failure` and the sequence goes on; every accepted operation gets an outcome;
+    a model whose host ended has lost its weights: until a load, operations on it fail rather than train from the base;
+    a gradient that a restart may have lost is never stepped: the first optimizer step after it fails and drops it.
+
+All weights are trained by one model of a host, which goes on living between its users: a new session attaches to it
+under a new id and the old id takes no more operations.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+from uuid import uuid4
+
+from rlorch.errors import (
+    NonFiniteError,
+    OverloadedError,
+    ReplicaLostError,
+    RlorchError,
+    UserError,
+)
+from rlorch.ports import TrainerHost
+from rlorch.service import references
+from rlorch.service.base_models import BaseModels
+from rlorch.service.jobs import Jobs
+from rlorch.service.operations import Entry, OperationLog
+from rlorch.service.records import Records
+from rlorch.service.results import Results, Retention
+from rlorch.service.saving import Saver
+from rlorch.service.sessions import Sessions
+from rlorch.service.tables import MODELS, JobRecord, ModelRecord
+from rlorch.service.tasks import Tasks
+from rlorch.service.types import (
+    Failure,
+    Forward,
+    ForwardBackward,
+    LoadAdapter,
+    Loaded,
+    LoadState,
+    ModelInfo,
+    Operation,
+    OptimStep,
+    Pending,
+    Result,
+    SaveSampler,
+    SaveState,
+)
+from rlorch.specs import LoraSpec, ModelSpec
+from rlorch.types import StepResult
+
+_log = logging.getLogger(__name__)
+
+POLICY, BASE = "policy", "base"
+"""What the host calls the one model that trains all weights, and the frozen base."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """`gap_s`: how long a missing number may keep others waiting; `session_s`: without a heartbeat, until a session's
+    adapters are unloaded; seconds. `max_waiting`: operations of a model that have not begun."""
+
+    gap_s: float = 330.0
+    session_s: float = 900.0
+    max_waiting: int = 4096
+    results: Retention = field(default_factory=Retention)
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """A model that takes operations. `operations` are those that have not ended, by number."""
+
+    record: ModelRecord
+    log: OperationLog
+    operations: dict[int, Operation] = field(default_factory=dict[int, Operation])
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    gradient_lost: bool = False
+    runner: "asyncio.Task[None] | None" = None
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """What the models of a job share: whose turn it is, and whether the host has gone."""
+
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    gone: "asyncio.Future[str]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Models:
+    """The models in training of all jobs. References to jobs are ids or names."""
+
+    def __init__(
+        self,
+        records: Records,
+        jobs: Jobs,
+        saver: Saver,
+        tasks: Tasks,
+        base_models: BaseModels,
+        now_s: Callable[[], float],
+        limits: ModelLimits = ModelLimits(),
+    ) -> None:
+        self._records = records
+        self._jobs = jobs
+        self._saver = saver
+        self._tasks = tasks
+        self._base_models = base_models
+        self._now_s = now_s
+        self._limits = limits
+        self._sessions = Sessions(records, now_s)
+        self._results = Results(limits.results)
+        self._requests: dict[str, tuple[str, int]] = {}
+        self._open: dict[str, _Open] = {}
+        self._lines: dict[str, _Line] = {}
+        self._steps: dict[str, int] = {}
+        self._creating = asyncio.Lock()
+
+    # --- sessions and models ------------------------------------------------------------------------------
+
+    async def create_session(self, metadata: Mapping[str, Any]) -> str:
+        """Begin a session of a client; its id. It lives while `heartbeat` is called."""
+        return await self._sessions.open(metadata)
+
+    async def heartbeat(self, session_id: str) -> None:
+        """The session is still there. Raises `UserError` for one that is unknown or was given up. Idempotent."""
+        self._sessions.beat(session_id)
+
+    async def create(
+        self,
+        job_id: str,
+        session_id: str,
+        base_model: str,
+        lora: LoraSpec | None = None,
+        base_only: bool = False,
+        attach: str | None = None,
+    ) -> ModelInfo:
+        """Begin with a model on the host of a job that runs.
+
+        A model that trains all weights is found as it is, step included; the id that another session knew it by takes
+        no more operations, and a gradient that was not stepped is dropped. The same session gets the same id again. An
+        adapter is new at every call, unless `attach` is the id of one that lives.
+
+        Raises:
+            UserError: the job does not train such a model, or the base is another one than the job's.
+            ReplicaLostError: the job has no host now.
+        """
+        job = self._jobs.record(references.job_id(job_id))
+        job_id = job.job.id
+        self._sessions.beat(session_id)
+        host = self._jobs.host(job_id)
+        _check_model(job, lora, base_only)
+        if str(self._base_models.directory(base_model)) != job.job.model_dir:
+            raise UserError(f"job {job_id} trains {job.job.config.base_model} ({job.job.model_dir}), not {base_model}")
+        async with self._creating:
+            if lora is not None:
+                spec = await self._adapter_spec(job_id, lora, attach)
+            else:
+                base_only = base_only or job.job.config.forward_only
+                spec = ModelSpec(name=BASE if base_only else POLICY, base_only=base_only)
+                if (known := self._of_session(job_id, session_id, spec)) is not None:
+                    return _info(known)
+            return await self._create(job, session_id, spec, host)
+
+    async def info(self, model_id: str) -> ModelInfo:
+        """A model as it is now. Raises `UserError` for one that is unknown or closed. Idempotent."""
+        return _info(self._find(model_id))
+
+    async def unload(self, model_id: str) -> None:
+        """Take no more operations: what waits fails, what runs ends. An adapter's weights are gone; a model that
+        trains all weights stays for whoever creates it next. Unknown ids are ignored. Idempotent."""
+        model = self._open.get(model_id)
+        if model is None:
+            return
+        await self._close(model, "it was unloaded")
+
+    # --- operations ---------------------------------------------------------------------------------------
+
+    async def submit(self, model_id: str, seq_id: int, operation: Operation) -> str:
+        """Accept an operation; its request id. Numbers begin at `ModelInfo.next_seq_id` and have no gaps, in whatever
+        order they come; one that came before gives the request id of that time. Idempotent.
+
+        Raises:
+            UserError: an unknown or closed model, or a number below 1.
+            OverloadedError: too many wait; send again later.
+        """
+        model = self._find(model_id)
+        if seq_id < 1:
+            raise UserError(f"model {model_id}: seq_id {seq_id}; numbers begin at 1")
+        log = model.log
+        if log.num_waiting >= self._limits.max_waiting and seq_id != log.next_seq_id:
+            raise OverloadedError(f"model {model_id} has {log.num_waiting} operations waiting: send {seq_id} later")
+        accepted = log.accept(seq_id, f"request-{uuid4().hex}", self._now_s())
+        if not accepted.new:
+            return accepted.request_id
+        self._jobs.touch(model.record.info.job_id)
+        self._results.expect(accepted.request_id)
+        self._requests[accepted.request_id] = (model_id, seq_id)
+        if accepted.stale:
+            why = (
+                f"number {seq_id} of model {model_id} was passed: it was given up, or was begun before the service "
+                f"restarted and its outcome is lost; go on with number {log.unused_seq_id}"
+            )
+            self._settle(accepted.request_id, Failure(accepted.request_id, why, "server", "StaleSequence"))
+            return accepted.request_id
+        model.operations[seq_id] = operation
+        model.changed.set()
+        return accepted.request_id
+
+    async def retrieve(self, request_id: str, wait_s: float = 0.0) -> Result | Pending | Failure:
+        """The outcome of an operation, waiting at most `wait_s` for it. Outcomes are kept for minutes after they were
+        first read. Idempotent."""
+        if request_id not in self._results:
+            why = (
+                f"request {request_id[:100]} is not known: its outcome was read long ago, or the service restarted "
+                "since; submit it again with its seq_id"
+            )
+            return Failure(request_id, why, "server", "UnknownRequest")
+        outcome = await self._results.read(request_id, wait_s, self._now_s())
+        if outcome is not None:
+            return outcome
+        model_id, seq_id = self._requests[request_id]
+        model = self._open.get(model_id)
+        if model is None:  # it is being closed; the outcome is about to come
+            return Pending(request_id, 0)
+        return Pending(request_id, model.log.position(seq_id), model.log.missing(seq_id))
+
+    # --- what jobs tell and ask (`rlorch.service.jobs.Tenants`) --------------------------------------------
+
+    async def hosted(self, job_id: str, host: TrainerHost, *, fresh: bool) -> None:
+        """Open the job's models on its host; on a fresh one they have lost what they were trained to."""
+        self._lines[job_id] = _Line()
+        for model in list(self._of_job(job_id)):
+            record = model.record
+            step = await host.open(record.spec)
+            if fresh and not record.spec.base_only:
+                newest = self._saver.checkpoints.newest_state(job_id)
+                advice = f"load state {newest.name}, or create the model anew" if newest else "create the model anew"
+                why = (
+                    f"model {record.info.id} has the weights of its base again, for its host was started anew; {advice}"
+                )
+                record = replace(record, lost=why, accumulated=False)
+            elif record.accumulated and step == record.info.step:
+                model.gradient_lost = True  # opening it again has dropped what was accumulated
+            await self._keep(model, replace(record, info=replace(record.info, step=step)))
+
+    async def unhosted(self, job_id: str, why: str, *, forget: bool) -> None:
+        """Fail what waits and what runs; `forget` the models too."""
+        line = self._lines.pop(job_id, None)
+        if line is not None:
+            line.gone.set_result(why)  # the operation that runs ends by it
+        for model in list(self._of_job(job_id)):
+            self._fail(model, model.log.drain(), why, "HostLost")
+            if forget:
+                await self._close(model, why)
+
+    def step(self, job_id: str) -> int:
+        """Optimizer steps of the job's newest model."""
+        return self._steps.get(job_id, 0)
+
+    def is_idle(self, job_id: str) -> bool:
+        """Whether no operation waits or runs."""
+        return all(model.log.is_idle for model in self._of_job(job_id))
+
+    # --- life ---------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Take up the models of the records. Before `Jobs.start`."""
+        for record in sorted(self._records.list(MODELS).values(), key=lambda record: record.number):
+            self._steps[record.info.job_id] = record.info.step
+            if not record.closed:
+                self._begin(_Open(record, OperationLog(record.info.next_seq_id)))
+
+    async def sweep(self, now_s: float) -> None:
+        """Give up gaps that stay open, sessions without a heartbeat, and outcomes nobody reads."""
+        for model in list(self._open.values()):
+            overdue = model.log.overdue(now_s, self._limits.gap_s)
+            if overdue is not None:
+                missing, waited = overdue
+                why = (
+                    f"number {missing} of model {model.record.info.id} did not come within {self._limits.gap_s:g} s, "
+                    f"and numbers are run in order: go on with number {model.log.unused_seq_id}"
+                )
+                self._fail(model, waited, why, "MissingSequence")
+        for session_id in await self._sessions.give_up(now_s, self._limits.session_s):
+            for model in list(self._open.values()):
+                if model.record.info.session_id == session_id and model.record.spec.lora is not None:
+                    await self._close(model, f"its session sent no heartbeat for {self._limits.session_s:g} s")
+        self._results.sweep(now_s)
+        for request_id in [request_id for request_id in self._requests if request_id not in self._results]:
+            del self._requests[request_id]
+
+    # --- creating and closing -----------------------------------------------------------------------------
+
+    async def _create(self, job: JobRecord, session_id: str, spec: ModelSpec, host: TrainerHost) -> ModelInfo:
+        job_id = job.job.id
+        number = await self._jobs.next_model_number(job_id)
+        if spec.lora is None and not spec.base_only:
+            for other in [model for model in self._of_job(job_id) if model.record.spec == spec]:
+                await self._close(other, f"session {session_id} attached to it", keep_on_host=True)
+        async with self._turn(job_id):
+            step = await self._asking(job_id, host.open(spec))
+        name = spec.name if spec.lora is not None else f"{spec.name}-{number}"
+        info = ModelInfo(
+            id=f"{job_id}:{name}",
+            job_id=job_id,
+            session_id=session_id,
+            base_model=job.job.config.base_model,
+            lora_rank=spec.lora.rank if spec.lora else 0,
+            base_only=spec.base_only,
+            step=step,
+            max_context_length=job.job.max_context_length,
+            next_seq_id=1,
+        )
+        model = _Open(ModelRecord(info, spec, number), OperationLog())
+        await self._keep(model, model.record)
+        self._begin(model)
+        self._jobs.touch(job_id)
+        return _info(model)
+
+    async def _adapter_spec(self, job_id: str, lora: LoraSpec, attach: str | None) -> ModelSpec:
+        if attach is None:
+            return ModelSpec(name=f"lora-{await self._jobs.next_model_number(job_id)}", lora=lora)
+        model = self._find(attach)
+        if model.record.info.job_id != job_id or model.record.spec.lora != lora:
+            raise UserError(f"model {attach} is no adapter of job {job_id} with {lora}: attach to one as it is")
+        await self._close(model, "another session attached to it", keep_on_host=True)
+        return model.record.spec
+
+    def _begin(self, model: _Open) -> None:
+        self._open[model.record.info.id] = model
+        model.runner = self._tasks.spawn(f"model {model.record.info.id}", self._run(model))
+
+    async def _close(self, model: _Open, why: str, *, keep_on_host: bool = False) -> None:
+        """Take no more operations; free what it holds on the host, but for a model that trains all weights."""
+        info, spec = model.record.info, model.record.spec
+        self._fail(model, model.log.drain(), f"model {info.id} is closed: {why}", "ModelClosed")
+        async with self._turn(info.job_id):  # what runs ends first
+            if self._open.pop(info.id, None) is None:
+                return
+            await self._keep(model, replace(model.record, closed=why))
+            shared = any(other.record.spec == spec for other in self._of_job(info.job_id))
+            if not keep_on_host and not shared and (spec.lora is not None or spec.base_only):
+                try:
+                    host = self._jobs.host(info.job_id)
+                    await self._asking(info.job_id, host.close_model(spec.name))
+                except RlorchError as error:  # gone with its host, then
+                    _log.info("model %s was closed, and its host said: %s", info.id, error)
+        if model.runner is not None:
+            model.runner.cancel()
+
+    # --- running ------------------------------------------------------------------------------------------
+
+    async def _run(self, model: _Open) -> None:
+        """consumes: accepted operations in order; produces: their outcomes; waits for: the next number, its turn."""
+        while True:
+            await model.changed.wait()
+            model.changed.clear()
+            while (entry := model.log.begin()) is not None:
+                outcome: Result | Failure = Failure(entry.request_id, "the service ended", "server", "ServiceEnded")
+                try:
+                    outcome = await self._outcome(model, entry)
+                finally:
+                    del model.operations[entry.seq_id]
+                    model.log.end(self._now_s())
+                    self._settle(entry.request_id, outcome)
+                    self._jobs.touch(model.record.info.job_id)
+
+    async def _outcome(self, model: _Open, entry: Entry) -> Result | Failure:
+        job_id = model.record.info.job_id
+        operation = model.operations[entry.seq_id]
+        try:
+            async with self._turn(job_id):
+                return await self._execute(model, entry.seq_id, operation)
+        except ReplicaLostError as error:
+            # In a task of its own: this one may be cancelled by what follows from the loss.
+            self._tasks.spawn(f"loss of the host of job {job_id}", self._jobs.host_lost(job_id, str(error)))
+            return _failure(entry, error, "server")
+        except (UserError, NonFiniteError) as error:
+            return _failure(entry, error, "user")
+        except RlorchError as error:
+            return _failure(entry, error, "server")
+        except Exception as error:
+            _log.exception("model %s: operation %d failed", model.record.info.id, entry.seq_id)
+            return _failure(entry, error, "server")
+
+    async def _execute(self, model: _Open, seq_id: int, operation: Operation) -> Result:
+        record = model.record
+        host = self._jobs.host(record.info.job_id)
+        loads = isinstance(operation, LoadState | LoadAdapter)
+        if record.lost and not loads:
+            raise RlorchError(record.lost)
+        accumulates = isinstance(operation, ForwardBackward | OptimStep)
+        info = replace(record.info, next_seq_id=seq_id + 1)
+        await self._keep(model, replace(record, info=info, accumulated=accumulates or record.accumulated))
+        if model.gradient_lost and isinstance(operation, OptimStep):
+            await self._asking(info.job_id, host.open(record.spec))
+            model.gradient_lost = False
+            raise RlorchError(
+                f"model {info.id}: the service restarted after a forward_backward, whose gradient is lost; nothing was "
+                "stepped: repeat the forward_backward calls of this step, then step"
+            )
+        result = await self._asking(info.job_id, self._ask(host, model.record, operation))
+        if isinstance(result, StepResult | Loaded):
+            step = result.version if isinstance(result, StepResult) else result.step
+            info = replace(model.record.info, step=step)
+            model.record = replace(model.record, info=info, accumulated=False, lost="" if loads else record.lost)
+            model.gradient_lost = model.gradient_lost and not loads
+            self._steps[info.job_id] = step
+            if loads:
+                await self._keep(model, model.record)
+        return result
+
+    async def _ask(self, host: TrainerHost, record: ModelRecord, operation: Operation) -> Result:
+        name = record.spec.name
+        match operation:
+            case Forward():
+                return await host.forward(name, operation.datums, operation.top_k)
+            case ForwardBackward():
+                return await host.forward_backward(name, operation.datums, operation.loss)
+            case OptimStep():
+                return await host.optim_step(name, operation.adam, operation.normalization)
+            case SaveSampler():
+                return await self._saver.sampler(host, record, operation)
+            case SaveState():
+                return await self._saver.state(host, record, operation)
+            case LoadState():
+                return await self._saver.load_state(host, record, operation)
+            case LoadAdapter():
+                return await self._saver.load_adapter(host, record, operation)
+
+    async def _asking(self, job_id: str, call: Any) -> Any:
+        """`call`, cut short when the host is gone: then nobody would ever answer it."""
+        line = self._lines.get(job_id)
+        if line is None:
+            return await call
+        scope = asyncio.timeout(None)
+        try:
+            async with scope:
+
+                def cut(_: object) -> None:
+                    if waiting:
+                        scope.reschedule(asyncio.get_running_loop().time())
+
+                waiting = True
+                line.gone.add_done_callback(cut)
+                try:
+                    return await call
+                finally:
+                    waiting = False
+                    line.gone.remove_done_callback(cut)
+        except TimeoutError as error:
+            if not scope.expired():
+                raise
+            raise ReplicaLostError(line.gone.result()) from error
+
+    @asynccontextmanager
+    async def _turn(self, job_id: str) -> AsyncGenerator[None]:
+        """One at a time per job, in the order of asking."""
+        line = self._lines.setdefault(job_id, _Line())
+        async with line.turn:
+            yield
+
+    # --- by name ------------------------------------------------------------------------------------------
+
+    def _find(self, model_id: str) -> _Open:
+        if (model := self._open.get(model_id)) is not None:
+            return model
+        record = self._records.get(MODELS, model_id)
+        if record is None:
+            raise UserError(f"there is no model {model_id[:200]}: create it on a job that runs")
+        raise UserError(f"model {model_id} is closed: {record.closed}; create it again")
+
+    def _of_job(self, job_id: str) -> Iterable[_Open]:
+        return (model for model in self._open.values() if model.record.info.job_id == job_id)
+
+    def _of_session(self, job_id: str, session_id: str, spec: ModelSpec) -> _Open | None:
+        same = (model for model in self._of_job(job_id) if model.record.spec == spec)
+        return next((model for model in same if model.record.info.session_id == session_id), None)
+
+    async def _keep(self, model: _Open, record: ModelRecord) -> None:
+        await self._records.put(MODELS, record.info.id, record)
+        model.record = record
+        if not record.spec.base_only:
+            self._steps[record.info.job_id] = record.info.step
+
+    def _fail(self, model: _Open, entries: Iterable[Entry], why: str, error_class: str) -> None:
+        for entry in entries:
+            model.operations.pop(entry.seq_id, None)
+            self._settle(entry.request_id, Failure(entry.request_id, why, "server", error_class))
+
+    def _settle(self, request_id: str, outcome: Result | Failure) -> None:
+        self._results.settle(request_id, outcome, self._now_s())
+
+
+def _info(model: _Open) -> ModelInfo:
+    return replace(model.record.info, next_seq_id=model.log.unused_seq_id)
+
+
+def _failure(entry: Entry, error: Exception, category: Literal["user", "server"]) -> Failure:
+    return Failure(entry.request_id, f"{error}", category, type(error).__name__)
+
+
+def _check_model(job: JobRecord, lora: LoraSpec | None, base_only: bool) -> None:
+    """Whether a job trains such a model. Raises `UserError`."""
+    config, job_id = job.job.config, job.job.id
+    if lora is not None and base_only:
+        raise UserError(f"job {job_id}: base_only is the frozen base without an adapter; leave one of them out")
+    if lora is not None and lora.rank > config.max_lora_rank:
+        allowed = f"adapters up to rank {config.max_lora_rank}" if config.max_lora_rank else "all weights, no adapters"
+        raise UserError(f"job {job_id} trains {allowed} (max_lora_rank); rank {lora.rank} needs another job")
+    if lora is None and not base_only and config.max_lora_rank:
+        raise UserError(
+            f"job {job_id} trains adapters up to rank {config.max_lora_rank}: give a lora rank, or base_only for the "
+            "frozen base; all weights are trained by a job with max_lora_rank 0"
+        )
+    if base_only and not config.max_lora_rank and not config.forward_only:
+        raise UserError(
+            f"job {job_id} trains all weights, so it has no frozen base: create a job with forward_only for it"
+        )

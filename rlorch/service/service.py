@@ -1,0 +1,119 @@
+"""The service: jobs, models, checkpoints and deployments over one data directory and one cluster."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rlorch.errors import UserError
+from rlorch.service.base_models import BaseModels
+from rlorch.service.checkpoints import Checkpoints
+from rlorch.service.jobs import JobLimits, Jobs
+from rlorch.service.layout import Layout
+from rlorch.service.models import ModelLimits, Models
+from rlorch.service.ports import Cluster
+from rlorch.service.records import Records
+from rlorch.service.saving import Saver
+from rlorch.service.tasks import Tasks
+from rlorch.shapes import Catalogue
+
+SWEEP_S = 5.0
+COLLECT_S = 60.0
+
+METHODS: Mapping[str, frozenset[str]] = {
+    "jobs": frozenset({"create", "get", "list", "wait", "resume", "delete", "profile"}),
+    "models": frozenset({"create_session", "heartbeat", "create", "info", "submit", "retrieve", "unload"}),
+    "checkpoints": frozenset({"list", "get", "delete", "chain", "promote", "models"}),
+}
+"""What may be called through a `Link`, by part."""
+
+
+def utc_seconds() -> float:
+    """Unix time, seconds."""
+    return datetime.now(UTC).timestamp()
+
+
+class Service:
+    """Everything that users ask for, in four parts: `jobs`, `models`, `checkpoints`, `deployments`.
+
+    Use between `start`, which takes up what runs, and `close`, which lets go of it without ending what outlives this
+    process. Both in the event loop that calls the parts.
+
+    Args:
+        data_dir: what the service keeps (`rlorch.service.layout`); every host and replica sees it under this path.
+        cluster: where hosts and replicas run; closed with the service.
+        models: base model directories by name.
+        catalogue: training shapes; None: the built-in ones and those of RLORCH_SHAPES.
+        now_s: Unix time, seconds.
+
+    Raises:
+        UserError: another service has this data_dir.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        cluster: Cluster,
+        *,
+        models: Mapping[str, str] | None = None,
+        catalogue: Catalogue | None = None,
+        now_s: Callable[[], float] = utc_seconds,
+        job_limits: JobLimits | None = None,
+        model_limits: ModelLimits | None = None,
+    ) -> None:
+        data_dir = data_dir.absolute()
+        self._cluster = cluster
+        self._now_s = now_s
+        self._tasks = Tasks()
+        self.records = Records(data_dir)
+        layout = Layout(data_dir)
+        base_models = BaseModels(models or {}, self.records)
+        self.checkpoints = Checkpoints(self.records, layout, now_s)
+        self.jobs = Jobs(
+            self.records,
+            layout,
+            cluster,
+            self._tasks,
+            self.checkpoints,
+            base_models,
+            catalogue or Catalogue.load(),
+            now_s,
+            job_limits or JobLimits(),
+        )
+        saver = Saver(layout, self.checkpoints, now_s)
+        self.models = Models(
+            self.records, self.jobs, saver, self._tasks, base_models, now_s, model_limits or ModelLimits()
+        )
+        self.jobs.attach(self.models)
+
+    async def start(self) -> None:
+        """Take up jobs and models from the records: hosts that still run are found, others fail or start again."""
+        await self._tasks.start()
+        await self.models.start()
+        await self.jobs.start()
+        self._tasks.every("sweep", SWEEP_S, self.sweep)
+        self._tasks.every("collection of checkpoints", COLLECT_S, lambda: self.checkpoints.collect(self._now_s()))
+
+    async def sweep(self) -> None:
+        """What time brings: hosts are probed, idle jobs paused, gaps and sessions given up."""
+        now_s = self._now_s()
+        await self.models.sweep(now_s)
+        await self.jobs.sweep(now_s)
+
+    async def call(self, part: str, method: str, arguments: Mapping[str, Any]) -> Any:
+        """What a `Link` does: call a method of a part by name. Raises `UserError` for names that there are not."""
+        if method not in METHODS.get(part, ()):
+            raise UserError(f"the service has no {part}.{method}; parts: {', '.join(METHODS)}")
+        function = getattr(getattr(self, part), method)
+        try:
+            inspect.signature(function).bind(**arguments)
+        except TypeError as error:
+            raise UserError(f"{part}.{method}: {error}") from error
+        return await function(**arguments)
+
+    async def close(self) -> None:
+        """Let go of everything; what outlives this process goes on. Idempotent."""
+        await self._tasks.close()
+        await self._cluster.close()
+        await self.records.close()
