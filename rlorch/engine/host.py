@@ -22,7 +22,7 @@ from rlorch.engine.lora import LoraBase, LoraTrainer
 from rlorch.engine.tokenizer import load_tokenizer
 from rlorch.engine.trainer import TorchTrainer
 from rlorch.errors import UserError
-from rlorch.specs import HostSpec, ModelSpec
+from rlorch.specs import HostSpec, ModelSpec, Ranks
 from rlorch.types import (
     AdamParams,
     Datum,
@@ -49,13 +49,27 @@ class OpenModel:
 class TrainerHostEngine:
     """The synchronous engine behind the `TrainerHost` port; one caller at a time."""
 
-    def __init__(self, spec: HostSpec) -> None:
-        """Check that there is a model; its weights load when the first one is opened. Raises `ModelError`."""
+    def __init__(self, spec: HostSpec, ranks: Ranks | None = None) -> None:
+        """Check that there is a model; its weights load when the first one is opened. With several ranks each has such
+        an engine, which gets every call. Raises `ModelError`."""
         load_tokenizer(spec.model)
         self._spec = spec
+        self._ranks = ranks
         self._models: dict[str, OpenModel] = {}
         self._full: TorchTrainer | None = None
         self._base: LoraBase | None = None
+
+    @property
+    def rank(self) -> int:
+        """Which of the ranks this is; payloads and digests are with rank 0."""
+        return 0 if self._ranks is None else self._ranks.rank
+
+    def close(self) -> None:
+        """Forget everything and leave the other ranks. Idempotent; no calls after it."""
+        self._models.clear()
+        full, self._full, self._base = self._full, None, None
+        if full is not None:
+            full.close()
 
     # --- models ---------------------------------------------------------------------------------------------
 
@@ -118,7 +132,7 @@ class TrainerHostEngine:
             )
         self._base = None
         if self._full is None:
-            self._full = TorchTrainer(self._spec.model, self._spec.trainer, self._spec.weights)
+            self._full = TorchTrainer(self._spec.model, self._spec.trainer, self._spec.weights, self._ranks)
         return self._full
 
     def _open_base(self, name: str) -> LoraBase:
@@ -184,7 +198,7 @@ class TrainerHostEngine:
             return engine.save(path)
         if what == "pretrained":
             engine.save_pretrained(path)
-            return files.seal(Path(path))
+            return files.seal(Path(path)) if self.rank == 0 else {}
         if what == "adapter":
             return self._adapter(model).save_adapter(path)
         raise UserError(f"save of {what!r}; it must be state, adapter or pretrained")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rlorch.aio import Lane
 from rlorch.ports import WeightStore
-from rlorch.specs import HostSpec, ModelSpec
+from rlorch.specs import HostSpec, ModelSpec, Ranks
 from rlorch.types import (
     AdamParams,
     Datum,
@@ -31,15 +31,17 @@ class LocalTrainerHost:
         self._engine = engine
         self._lane = lane
         self._store = store
+        self._closed = False
 
     @classmethod
-    async def start(cls, spec: HostSpec) -> "LocalTrainerHost":
-        """Start a host; the weights load when its first model is opened. Raises `ModelError`."""
+    async def start(cls, spec: HostSpec, ranks: Ranks | None = None) -> "LocalTrainerHost":
+        """Start a host, or the process of one rank of it; the weights load when its first model is opened. Raises
+        `ModelError`."""
         from rlorch.engine.host import TrainerHostEngine
 
         lane = Lane("trainer-host")
         try:
-            engine = await lane.run(TrainerHostEngine, spec)
+            engine = await lane.run(TrainerHostEngine, spec, ranks)
         except BaseException:
             lane.close()
             raise
@@ -68,7 +70,8 @@ class LocalTrainerHost:
     async def export(self, model: str, kind: str, number: int) -> Manifest:
         """See `TrainerHost.export`: the payload is in the store when this returns."""
         manifest, payload = await self._lane.run(self._engine.export, model, kind, number)
-        await self._store.put(manifest.payload, payload)
+        if self._engine.rank == 0:
+            await self._store.put(manifest.payload, payload)
         return manifest
 
     async def published(self, model: str, number: int) -> None:
@@ -84,5 +87,8 @@ class LocalTrainerHost:
         return await self._lane.run(self._engine.load, model, what, path)
 
     async def close(self) -> None:
-        """Let the running call finish; no more calls."""
-        self._lane.close()
+        """Let the calls that were made finish and free what the host holds; no more calls. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            await self._lane.run(self._engine.close)
+            self._lane.close()
