@@ -114,8 +114,7 @@ def load_policy(
     """
     target = resolve_device(device)
     dtype = resolve_compute_dtype(compute_dtype, target)
-    _check_files(model)
-    config, loaded = _load(model)
+    config, loaded = load_model(model)
     loaded.to(target if group.mesh is None else "cpu")
     loaded.train(activation_checkpointing)
     if activation_checkpointing:
@@ -166,15 +165,16 @@ def _check_files(model: str) -> None:
         raise ModelError(f"{model}: no weights (*.safetensors){hint}")
 
 
-def _load(model: str) -> tuple[Any, Any]:
-    """(the checkpoint's config, the model with dropout off)."""
+def load_model(model: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """(the checkpoint's config, the model in `dtype` on the CPU with dropout off). Raises `ModelError`."""
+    _check_files(model)
     transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(model)
         result: Any = AutoModelForCausalLM.from_pretrained(
             model,
             config=_without_dropout(config),
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation="sdpa",
             use_safetensors=True,
             output_loading_info=True,
