@@ -1,0 +1,46 @@
+"""A client's session: opened once, kept alive by a heartbeat, given up by the service when that stops."""
+
+import asyncio
+import logging
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from rlorch.errors import RlorchError, UserError
+from rlorch.sdk.connection import Connection
+
+HEARTBEAT_S = 10.0
+SUFFIX_DIGITS = 8
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """A session of a service. Lives until `close`, or until nobody holds it any more."""
+
+    def __init__(self, connection: Connection, metadata: Mapping[str, Any]) -> None:
+        self.id: str = connection.call("models", "create_session", metadata=dict(metadata))
+        beats = connection.hub.submit(_beat(connection, self.id))
+        self._stop = weakref.finalize(self, beats.cancel)
+
+    @property
+    def suffix(self) -> str:
+        """The first 8 hex digits of the id, which end the names of its snapshots."""
+        return self.id.rpartition("-")[2][:SUFFIX_DIGITS]
+
+    def close(self) -> None:
+        """Send no more heartbeats. Idempotent."""
+        self._stop()
+
+
+async def _beat(connection: Connection, session_id: str) -> None:
+    """Send heartbeats until cancelled, or until the service has given the session up."""
+    while True:
+        await asyncio.sleep(HEARTBEAT_S)
+        try:
+            await connection.on_hub("models", "heartbeat", HEARTBEAT_S * 3, session_id=session_id)
+        except UserError as error:
+            log.warning("%s", error)
+            return
+        except RlorchError as error:
+            log.warning("session %s: the heartbeat did not arrive: %s", session_id, error)
