@@ -29,7 +29,7 @@ from rlorch.specs import RuntimeSpec
 
 T = TypeVar("T")
 
-RECIPES = ("rl", "sft")
+RECIPES = ("rl", "sft", "dpo", "orpo", "distill")
 STOP_TIMEOUT_S = 60.0
 """For a runtime to end its processes; they are killed, not asked."""
 

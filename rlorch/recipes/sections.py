@@ -74,8 +74,8 @@ def model_path(model: str) -> str:
     return str(path.resolve()) if path.exists() else model
 
 
-def check_model_dir(model: str) -> None:
-    """Refuse what cannot be a model, without loading it. A hub id is taken on trust.
+def check_model_dir(model: str, key: str = "model") -> None:
+    """Refuse what cannot be a model, without loading it. A hub id is taken on trust; `key` is where it was configured.
 
     Raises:
         ModelError: a path where nothing is, or a directory without a config or a tokenizer.
@@ -83,12 +83,12 @@ def check_model_dir(model: str) -> None:
     path = Path(model).expanduser()
     if not path.exists():
         if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
-            raise ModelError(f"model = {model}: no such directory (looked from {Path.cwd()})")
+            raise ModelError(f"{key} = {model}: no such directory (looked from {Path.cwd()})")
         return
     path = path.resolve()
     if not (path / "config.json").is_file():
-        raise ModelError(f"model = {path}: no config.json: a model directory as save_pretrained writes it is needed")
+        raise ModelError(f"{key} = {path}: no config.json: a model directory as save_pretrained writes it is needed")
     if not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise ModelError(
-            f"model = {path}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's tokenizer there"
+            f"{key} = {path}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's tokenizer there"
         )

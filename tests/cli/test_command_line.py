@@ -107,7 +107,7 @@ def test_the_traceback_comes_with_rlorch_debug(
     [
         (["train"], "name a config file"),
         (["train", "{tmp}"], "is a directory without a config.yaml"),
-        (["train", "{config}", "recipe=dpo"], "recipe = 'dpo': must be one of rl, sft"),
+        (["train", "{config}", "recipe=ppo"], "recipe = 'ppo': must be one of rl, sft"),
         (["train", "{config}", "--dry-run", "rewards.terms.0.plugin=exactt"], "Did you mean 'exact'?"),
         (["train", "{config}", "--dry-run", "rewards.terms.0.options.x=1"], "has no option 'x'"),
         (["train", "{config}", "--dry-run", "trainer.device=cuda:7"], "trainer.device = cuda:7, but there is no GPU"),

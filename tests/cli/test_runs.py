@@ -217,7 +217,7 @@ def test_a_run_dir_that_is_given_wins(tmp_path: Path) -> None:
 
 
 def test_a_recipe_that_is_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="recipe = 'ppo': must be one of rl, sft"):
+    with pytest.raises(ConfigError, match="recipe = 'ppo': must be one of rl, sft, dpo, orpo, distill"):
         load_run(write_run(tmp_path), ["recipe=ppo"])
 
 
