@@ -10,6 +10,7 @@ Invariants:
     - A full model that was closed stays in memory; the next full model opened, whatever its name, goes on with it.
 """
 
+import gc
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -130,8 +131,9 @@ class TrainerHostEngine:
                 f"model {name!r} trains all weights, and this host already has {self._names()}; a host has one model "
                 "that trains all weights, or adapters and the frozen base: close them or start another host"
             )
-        self._base = None
         if self._full is None:
+            self._base = None
+            gc.collect()  # a base that no model needs any more goes before the next one comes
             self._full = TorchTrainer(self._spec.model, self._spec.trainer, self._spec.weights, self._ranks)
         return self._full
 

@@ -25,7 +25,7 @@ from rlorch.engine import lora_files
 from rlorch.engine.forward import score
 from rlorch.engine.learner import Learner
 from rlorch.engine.lora_targets import linear_layers
-from rlorch.engine.model import Policy, load_policy
+from rlorch.engine.model import PROBE_TOKENS, Policy, load_policy
 from rlorch.engine.serving import resolve_serve_dtype
 from rlorch.engine.tokenizer import load_tokenizer
 from rlorch.engine.top_k import score_top_k
@@ -71,6 +71,7 @@ class LoraBase:
             activation_checkpointing=spec.activation_checkpointing,
         )
         policy.model.requires_grad_(False)
+        hold_in_compute_dtype(policy)
         self.linears = linear_layers(policy.model)
         self.policy: Policy = replace(policy, head=replace(policy.head, linear=OutputLayer(policy.model)))
         self._tuner: Any = None
@@ -120,6 +121,8 @@ class LoraBase:
         self._switch(slot)
         parameters = self._parameters(slot)
         assert len(parameters) == 2 * len(chosen), "peft adapted other layers than were chosen"
+        for parameter in parameters.values():
+            parameter.data = parameter.data.float()  # peft gives them the dtype of the frozen weight
         seed = self.spec.seed if lora.seed is None else lora.seed
         initialise(parameters, seed)
         return LoraTrainer(self, slot, lora, parameters)
@@ -152,10 +155,41 @@ class LoraBase:
 
 
 @torch.no_grad()
+def hold_in_compute_dtype(policy: Policy) -> None:
+    """Hold the frozen weights of linear layers in the compute dtype, where that loses nothing.
+
+    Autocast would make such a copy of a float32 weight in every forward pass, and keep it for the backward pass: in
+    bfloat16 6 bytes per parameter instead of 2. Weights that a bfloat16 checkpoint came with are exact in it; others
+    stay float32, and so does a weight that is also the embedding, which autocast does not cast. A model whose outputs
+    are not the same bits afterwards (it looks at the dtype of its weights) is left as it was.
+    """
+    if policy.compute_dtype == torch.float32:
+        return
+    embedding = policy.model.get_input_embeddings().weight
+    before = _probe(policy)
+    changed: list[nn.Module] = []
+    for module in policy.model.modules():
+        if isinstance(module, nn.Linear) and module.weight is not embedding:
+            exact = (torch.equal(p, p.to(policy.compute_dtype).float()) for p in module.parameters())
+            if all(exact):
+                changed.append(module.to(policy.compute_dtype))
+    if not torch.equal(_probe(policy), before):
+        for module in changed:
+            module.float()
+
+
+def _probe(policy: Policy) -> Tensor:
+    """Logits of a few fixed tokens."""
+    tokens_T = (torch.arange(PROBE_TOKENS, device=policy.device) * 7 + 3) % policy.vocab_size
+    return policy.run(lambda: policy.head.logits(policy.hidden(tokens_T[None])))
+
+
+@torch.no_grad()
 def initialise(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
     """A kaiming uniform (bound 1 / sqrt(inputs), as nn.Linear has it), B zero; equal seeds give equal bits."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in parameters.items():
+        assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
         values = torch.zeros(parameter.shape)
         if ".lora_A." in name:
             nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)

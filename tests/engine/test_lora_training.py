@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from lora_builders import ADAM, LARGE, SMALL, TIS, bits, gradients, lora_base, peft_model, same_bits, train
+from lora_builders import ADAM, LARGE, SMALL, TIS, base_model, bits, gradients, lora_base, peft_model, same_bits, train
+from safetensors.torch import load_file
 from trainer_builders import plain_logprobs, rows, tiny_model
+from transformers import AutoTokenizer
 
 from rlorch.engine.reference import TorchReference
 from rlorch.engine.tiny import make_tiny_model
@@ -41,6 +43,33 @@ def test_without_an_adapter_the_log_probs_are_the_plain_bases_bit_for_bit(direct
     fresh.close()
     assert same(base.forward(datums).logprobs, plain)
     assert same(base.add(LARGE).forward(datums).logprobs, plain)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_of_a_bfloat16_checkpoint_are_held_as_such_without_a_bit_of_difference(directory, tmp_path, tied):
+    model = base_model(directory).to(torch.bfloat16)
+    model.config.tie_word_embeddings = tied
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 0.5)
+    model.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path / "half")
+    datums = rows(1, [14, 3, 9])
+    spec = {"compute_dtype": "bfloat16", "logprob_chunk_tokens": 4, "serve_dtype": "float32"}
+    plain = TorchReference(str(tmp_path / "half"), TrainerSpec(**spec)).logprobs(datums)
+    base = lora_base(str(tmp_path / "half"), **spec)
+    dtypes = {name: p.dtype for name, p in base.policy.model.named_parameters()}
+    halved = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
+    assert halved == {n for n in dtypes if "_proj" in n or (n == "lm_head.weight" and not tied)}
+    assert same(base.forward(datums).logprobs, plain)
+    adapter = base.add(SMALL)
+    assert {p.dtype for p in adapter._parameters.values()} == {torch.float32}
+    assert same(adapter.forward(datums).logprobs, plain)
+    train(adapter, datums, 2)
+    assert not same(adapter.forward(datums).logprobs, plain)
+    adapter.save_pretrained(str(tmp_path / "merged"))
+    merged = load_file(tmp_path / "merged" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    a, b = (adapter._parameters[f"model.layers.0.mlp.up_proj.lora_{letter}.weight"].detach() for letter in "AB")
+    assert torch.equal(merged, model.model.layers[0].mlp.up_proj.weight.float() + b @ a * (8.0 / 4))
 
 
 def test_an_adapter_on_a_tied_output_layer_leaves_the_embedding_alone(directory):
