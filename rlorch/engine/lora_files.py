@@ -32,7 +32,11 @@ PLAIN = {
     "use_dora": (None, False),
     "use_rslora": (None, False),
     "lora_bias": (None, False),
+    "use_qalora": (None, False),
+    "use_bdlora": (None,),
     "alora_invocation_tokens": (None,),
+    "layer_replication": (None, []),
+    "init_lora_weights": (None, False, "gaussian", "eva", "orthogonal", True),  # others change the base too
     "fan_in_fan_out": (None, False),
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),

@@ -183,6 +183,7 @@ def test_an_adapter_that_does_not_fit_is_refused_with_both_sides_named(base, tmp
 def test_adapters_that_are_more_than_lora_or_no_safetensors_are_refused(base, tmp_path):
     adapter = base.add(SMALL)
     adapter.save_adapter(str(tmp_path / "good"))
+    assert adapter.load_adapter(str(tmp_path / "good")) == 0
 
     def variant(name, **changes):
         shutil.copytree(tmp_path / "good", tmp_path / name)
@@ -190,7 +191,14 @@ def test_adapters_that_are_more_than_lora_or_no_safetensors_are_refused(base, tm
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(config | changes))
         return tmp_path / name
 
-    for key, value in (("use_dora", True), ("use_rslora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 2})):
+    changes = {
+        "use_dora": True,
+        "use_rslora": True,
+        "bias": "all",
+        "rank_pattern": {"q_proj": 2},
+        "init_lora_weights": "pissa",
+    }
+    for key, value in changes.items():
         with pytest.raises(UserError, match=f"{key} is"):
             adapter.load_adapter(str(variant(key, **{key: value})))
     pickled = variant("pickled")
