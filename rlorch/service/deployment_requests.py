@@ -1,0 +1,99 @@
+"""The requests of one deployment: alive from arrival to answer, whatever the replicas do meanwhile.
+
+A request waits for a replica (a deployment at zero wakes for it), moves once off a replica that dies (`SamplerPool`),
+and again, as often as it takes, off one that makes room for a load. It ends in completions, in an error, by `abort`,
+or when the deployment ends; its time is bounded in all.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from rlorch.errors import AbortedError, DeadlineError, RlorchError, UserError
+from rlorch.pool.pool import SamplerPool
+from rlorch.service.replicas import MovedError, Provenance
+from rlorch.types import Completion, SamplingParams, Tokens
+
+
+@dataclass(eq=False)
+class _Alive:
+    scope: asyncio.Timeout
+    ended: RlorchError | None = None
+    provenance: Provenance | None = None
+
+
+class DeploymentRequests:
+    """What is alive, by request id. `on_change` hears of arrivals and ends."""
+
+    def __init__(self, name: str, pool: SamplerPool, timeout_s: float, on_change: Callable[[], None]) -> None:
+        self._name = name
+        self._pool = pool
+        self._timeout_s = timeout_s
+        self._on_change = on_change
+        self._alive: dict[str, _Alive] = {}
+
+    def __len__(self) -> int:
+        return len(self._alive)
+
+    @asynccontextmanager
+    async def alive(self, request_id: str) -> AsyncGenerator[None]:
+        """Bound a request and let `abort` and `end_all` reach it.
+
+        Raises:
+            UserError: the id is in use.
+            AbortedError: it was aborted.
+            DeadlineError: it took too long.
+        """
+        if request_id in self._alive:
+            raise UserError(f"request {request_id!r} is alive already: ids must be unique among requests alive")
+        request = self._alive[request_id] = _Alive(asyncio.timeout(self._timeout_s))
+        self._on_change()
+        try:
+            async with request.scope:
+                yield
+        except TimeoutError as error:
+            if request.ended is not None:
+                raise request.ended from error
+            if isinstance(error, DeadlineError) or not request.scope.expired():
+                raise
+            raise DeadlineError(
+                f"deployment {self._name}: request {request_id} was not answered within {self._timeout_s:g} s: ask "
+                "for fewer tokens or allow more replicas"
+            ) from error
+        finally:
+            del self._alive[request_id]
+            self._on_change()
+
+    async def sample(
+        self, prompt_T: Tokens, params: SamplingParams, request_id: str, session: str | None
+    ) -> tuple[tuple[Completion, ...], Provenance]:
+        """The completions of a request that is alive, and what they were made with. Raises as `SamplerPool.sample`."""
+        while True:
+            try:
+                completions = await self._pool.sample(prompt_T, params, request_id, session=session)
+            except MovedError:
+                continue
+            provenance = self._alive[request_id].provenance
+            assert provenance is not None, f"request {request_id} was answered without a provenance"
+            return completions, provenance
+
+    def answered(self, request_id: str, provenance: Provenance) -> None:
+        """A replica gave completions."""
+        if (request := self._alive.get(request_id)) is not None:
+            request.provenance = provenance
+
+    def abort(self, request_id: str) -> None:
+        """End a request with `AbortedError`; unknown ids are ignored."""
+        if (request := self._alive.get(request_id)) is not None:
+            self._end(request, AbortedError(f"request {request_id} was aborted"))
+
+    def end_all(self, error: RlorchError) -> None:
+        """End every request with an error."""
+        for request in self._alive.values():
+            self._end(request, error)
+
+    def _end(self, request: _Alive, error: RlorchError) -> None:
+        if request.ended is None and not request.scope.expired():
+            request.ended = error
+            request.scope.reschedule(asyncio.get_running_loop().time())

@@ -1,0 +1,93 @@
+"""Where the snapshots of deployments come from: jobs' checkpoints and model directories."""
+
+from pathlib import Path
+
+from rlorch.aio import deadline
+from rlorch.errors import UserError
+from rlorch.service.checkpoints import Checkpoints
+from rlorch.service.deployment_files import DeploymentFiles
+from rlorch.service.hot_load import BASE, Snapshot, Target, with_adapter
+from rlorch.service.layout import Layout
+from rlorch.service.ports import Cluster
+from rlorch.service.types import Checkpoint
+from rlorch.specs import Dtype
+
+ANCHOR_TIMEOUT_S = 3600.0
+"""Reading, casting and compressing a whole model from disk."""
+
+
+class SnapshotSource:
+    """Finds snapshots and puts their files where a deployment's replicas fetch them. `dtype` is what they serve."""
+
+    def __init__(self, cluster: Cluster, checkpoints: Checkpoints, layout: Layout, dtype: Dtype) -> None:
+        self._cluster = cluster
+        self._checkpoints = checkpoints
+        self._layout = layout
+        self._dtype: Dtype = dtype
+
+    async def base(self, model_dir: str, files: DeploymentFiles) -> Snapshot:
+        """The base model as it is on disk: version 0. Its anchor is made once for all deployments.
+
+        Raises:
+            ModelError, StorageError, DeadlineError: it cannot be read or written.
+        """
+        store = self._layout.data_dir / "base_anchors"
+        snapshot = await self._anchor(None, BASE, model_dir, store)
+        await files.add_snapshot(snapshot, store / "payloads")
+        return snapshot
+
+    async def checkpoint(self, job_id: str, identity: str) -> Checkpoint:
+        """A checkpoint that can be hot-loaded. Raises `UserError`: unknown, or a training state."""
+        checkpoint = await self._checkpoints.get(job_id, identity)
+        if checkpoint.kind == "state":
+            raise UserError(
+                f"checkpoint {identity} of job {job_id} is a training state, which no deployment can serve: save for "
+                "the sampler and load that"
+            )
+        return checkpoint
+
+    async def names(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """The checkpoints that this one was made against, directly or not, newest first."""
+        by_name = {one.name: one for one in await self._checkpoints.list(checkpoint.job_id)}
+        names: list[str] = []
+        parent = checkpoint.parent
+        while parent is not None and parent not in names:
+            names.append(parent)
+            parent = by_name[parent].parent if parent in by_name else None
+        return tuple(names)
+
+    async def target(
+        self, checkpoint: Checkpoint, good: Target, model_dir: str, files: DeploymentFiles, max_loras: int
+    ) -> Target:
+        """What to serve after a hot load of `checkpoint` on a deployment that serves `good`; its files are in place.
+
+        Raises:
+            UserError: an adapter, and the deployment takes none.
+            ChainBrokenError, StorageError: something that it is built from is gone.
+        """
+        if checkpoint.kind != "lora":
+            return Target(await self._weights(checkpoint, files))
+        if max_loras < 1:
+            raise UserError(f"checkpoint {checkpoint.name} is an adapter: create the deployment with max_loras > 0")
+        source = await self._layout.saves(checkpoint.job_id).open(checkpoint.name)
+        adapter = await files.add_adapter(checkpoint.job_id, checkpoint.name, checkpoint.digest, source)
+        return with_adapter(good, await self.base(model_dir, files), adapter, max_loras)
+
+    async def _weights(self, checkpoint: Checkpoint, files: DeploymentFiles) -> Snapshot:
+        job_id = checkpoint.job_id
+        if checkpoint.number is None:
+            source = await self._layout.saves(job_id).open(checkpoint.name)
+            snapshot = await self._anchor(job_id, checkpoint.name, str(source), files.root / "weights")
+            await files.add_snapshot(snapshot, files.root / "weights" / "payloads")
+            return snapshot
+        chain = await self._checkpoints.chain(checkpoint)
+        named = {one.number: one.name for one in await self._checkpoints.list(job_id)}
+        names = tuple(named.get(link.version, f"snapshot {link.version}") for link in chain[:-1])
+        snapshot = Snapshot(job_id, chain, (*names, checkpoint.name))
+        await files.add_snapshot(snapshot, self._layout.job(job_id) / "weights" / "payloads")
+        return snapshot
+
+    async def _anchor(self, job_id: str | None, identity: str, directory: str, store: Path) -> Snapshot:
+        async with deadline(ANCHOR_TIMEOUT_S, f"the anchor of {directory} is not made; is its disk up?"):
+            manifest = await self._cluster.base_anchor(directory, str(store), self._dtype)
+        return Snapshot(job_id, (manifest,), (identity,))
