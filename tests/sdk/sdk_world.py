@@ -201,6 +201,9 @@ class FakeService:
             raise UserError(f"there is no deployment {id}")
         return self.deployments[id]
 
+    async def deployments_list(self) -> tuple[Deployment, ...]:
+        return tuple(self.deployments.values())
+
     async def deployments_wait(self, id: str, timeout_s: float) -> Deployment:  # noqa: A002
         return await self.deployments_get(id)
 

@@ -31,7 +31,7 @@ def test_an_address_means_what_it_says(environment: pytest.MonkeyPatch) -> None:
 def test_a_hosted_url_is_refused_unless_the_environment_says_what_stands_for_it(
     environment: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(UserError, match='"local".*RLORCH_ADDRESS'):
+    with pytest.raises(UserError, match=r'"local".*RLORCH_ADDRESS'):
         resolve_address("https://api.fireworks.ai")
     environment.setenv("RLORCH_ADDRESS", "local")
     assert resolve_address("https://api.fireworks.ai") == "local"

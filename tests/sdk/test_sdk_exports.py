@@ -36,7 +36,8 @@ def test_importing_rlorch_imports_no_tinker_torch_or_ray() -> None:
 def test_managers_and_controllers_need_no_tinker() -> None:
     said = (
         "import sys; from rlorch import TrainerJobManager, DeploymentManager, AdaptiveConcurrencyController;"
-        "TrainerJobManager(base_url='local'); DeploymentManager(); print('tinker' in sys.modules, 'torch' in sys.modules)"
+        "TrainerJobManager(base_url='local'); DeploymentManager();"
+        "print('tinker' in sys.modules, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False False"

@@ -174,24 +174,11 @@ def test_a_trainer_is_attached_only_to_a_deployment_of_its_base_model(deploy: De
 def test_a_snapshot_is_sampled_from_the_one_deployment_that_serves_its_job(
     deploy: DeploymentManager, connection: Connection
 ) -> None:
-    connection.call  # noqa: B018
-    service_list = {"serving": deploy.get("serving")}
-    assert service_list["serving"] is not None
     with pytest.raises(UserError, match="there is none"):
-        sampling_client_for_snapshot(_listing(connection), "job-9", "s0")
-    client = sampling_client_for_snapshot(_listing(connection), "job-1", "accounts/local/x/checkpoints/s0")
+        sampling_client_for_snapshot(connection, "job-9", "s0")
+    client = sampling_client_for_snapshot(connection, "job-1", "accounts/local/x/checkpoints/s0")
     assert deploy.hotload_check_status("serving")["replicas"][0]["current_snapshot_identity"] == "s0"
     assert client.model_path is not None
-
-
-def _listing(connection: Connection) -> Connection:
-    service: Any = connection._link
-
-    async def deployments_list() -> tuple[Any, ...]:
-        return tuple(service.deployments.values())
-
-    service.deployments_list = deployments_list
-    return connection
 
 
 # --- the weight syncer ------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Training calls: order, custom losses, snapshots, failures."""
 
+import asyncio
 import random
 import threading
 from typing import Any
@@ -23,8 +24,6 @@ def test_operations_run_in_the_order_of_the_calls_however_they_travel(
     client: TrainingClient, service: FakeService
 ) -> None:
     """Submissions are held up at random, so that they arrive in another order than they were called in."""
-    import asyncio
-
     delays = random.Random(0)
     service.before = lambda name, _: asyncio.sleep(delays.random() / 50) if name == "models.submit" else None
     futures = [client.save_state(f"state-{index}") for index in range(30)]
@@ -164,7 +163,7 @@ def test_what_waits_for_a_number_that_was_lost_fails_with_the_cause(
     first, second = client.optim_step(ADAM), client.optim_step(ADAM)
     with pytest.raises(UserError, match="model was unloaded"):
         first.result(10)
-    with pytest.raises(UserError, match="operation 1 .* could not be submitted"):
+    with pytest.raises(UserError, match=r"operation 1 .* could not be submitted"):
         second.result(10)
 
 

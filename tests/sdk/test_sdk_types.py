@@ -52,7 +52,7 @@ def test_only_the_keys_that_are_asked_for_are_taken() -> None:
         (row(target_tokens=torch.tensor([1, -100, 2])), "holds -100; token ids are not negative"),
         (row(weights=torch.tensor([1.0, float("nan"), 1.0])), "'weights' holds NaN"),
         (row(target_tokens=torch.ones(3, 2, dtype=torch.int64), weights=torch.ones(3)), "one weight for each"),
-        (tinker.Datum(model_input=tinker.ModelInput.from_ints([1]), loss_fn_inputs={}), "datum 1: loss_fn_inputs has no"),
+        (tinker.Datum(model_input=tinker.ModelInput.from_ints([1]), loss_fn_inputs={}), "loss_fn_inputs has no"),
         (tinker.Datum(model_input=tinker.ModelInput.empty(), loss_fn_inputs={}), "datum 1: the model input is empty"),
         ({"tokens": [1]}, "datum 1: it is a dict"),
     ],
