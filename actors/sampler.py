@@ -25,11 +25,19 @@ CONTROL_TIMEOUT_S = 60.0  # abort, stats: answered between two engine steps
 class SamplerActor:
     """Hosts a `LocalSampler`. Start it with `MAX_CONCURRENCY`: every request in flight is one running method."""
 
+    _spec: RuntimeSpec | None = None
+
     async def start(self, name: str, spec: RuntimeSpec, threads: int) -> None:
-        """Start the engine and its self-test."""
-        prepare(name, spec.run_dir, threads)
-        store = FileWeightStore(Path(spec.run_dir) / "weights", spec.weights)
-        self._role = await LocalSampler.start(spec, store)
+        """Start the engine. Does nothing when it is started."""
+        if self._spec is None:
+            prepare(name, spec.run_dir, threads)
+            store = FileWeightStore(Path(spec.run_dir) / "weights", spec.weights)
+            self._role = await LocalSampler.start(spec, store)
+            self._spec = spec
+
+    async def spec(self) -> RuntimeSpec | None:
+        """What it was started with; None before that."""
+        return self._spec
 
     async def sample(self, prompt_T: Tokens, params: SamplingParams, request_id: str) -> tuple[Completion, ...]:
         """One hop."""
@@ -58,6 +66,14 @@ class SamplerActor:
     async def stats(self) -> EngineStats:
         """One hop."""
         return await self._role.stats()
+
+    async def add_adapter(self, name: str, path: str) -> None:
+        """One hop."""
+        await self._role.add_adapter(name, path)
+
+    async def remove_adapter(self, name: str) -> None:
+        """One hop."""
+        await self._role.remove_adapter(name)
 
 
 class RaySampler:
@@ -96,3 +112,12 @@ class RaySampler:
     async def stats(self) -> EngineStats:
         """See `Sampler.stats`."""
         return await self._remote.call("stats", timeout_s=CONTROL_TIMEOUT_S)
+
+    async def add_adapter(self, name: str, path: str) -> None:
+        """See `Sampler.add_adapter`."""
+        await self._remote.call("add_adapter", name, path, timeout_s=self._weights.stage_timeout_s)
+
+    async def remove_adapter(self, name: str) -> None:
+        """See `Sampler.remove_adapter`."""
+        timeout_s = self._spec.request_timeout_s + CONTROL_TIMEOUT_S  # the replica's own deadline says more: let it
+        await self._remote.call("remove_adapter", name, timeout_s=timeout_s)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rlorch.engine.live_weights import LiveWeights
+from rlorch.engine.sampler_lora import Adapter, LoraSupport
 from rlorch.errors import RlorchError
 from rlorch.types import Completion, Floats, SamplingParams, Tokens
 
@@ -34,14 +35,17 @@ class Load:
 
 
 class Backend(Protocol):
-    """What a model runner must do. All calls come from the engine's thread."""
+    """What a model runner must do. All calls come from the engine's thread. `lora` is None where no adapters are
+    served."""
 
     weights: LiveWeights
     vocab_size: int
     max_model_len: int
+    lora: LoraSupport | None
 
     def add(self, sample: Sample) -> None:
-        """Queue a sequence. Raises ValueError for parameters that it does not take."""
+        """Queue a sequence; its adapter is one that was added. Raises ValueError for parameters that it does not
+        take."""
         ...
 
     def drop(self, keys: Sequence[str]) -> None:
@@ -58,12 +62,20 @@ class Backend(Protocol):
         ...
 
     def score(self, tokens_T: Tokens) -> tuple[Floats, Sequence[tuple[str, Outcome]]]:
-        """Score a sequence now; also whatever other sequences finished meanwhile."""
+        """Score a sequence now, without an adapter; also whatever other sequences finished meanwhile."""
         ...
 
     def committed(self, version: int) -> None:
         """The live weights were written and are `version` from here on: stamp running sequences, and let nothing
         cached before serve a sequence that has not begun."""
+        ...
+
+    def add_adapter(self, adapter: Adapter) -> None:
+        """Take an adapter under a name that is free. Raises `ModelError`, and nothing has changed then."""
+        ...
+
+    def remove_adapter(self, name: str) -> None:
+        """Free an adapter that no sequence uses; unknown names are ignored."""
         ...
 
     def load(self) -> Load:

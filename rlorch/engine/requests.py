@@ -29,6 +29,7 @@ class Ask:
 class _Request:
     future: Future[tuple[Completion, ...]]
     keys: tuple[str, ...]
+    adapter: str | None
     done: dict[str, Completion] = field(default_factory=dict[str, Completion])
 
 
@@ -58,8 +59,12 @@ class Requests:
                 self.backend.drop(keys[:index])
                 fail(future, ValueError(f"request {request_id!r}: {error}"))
                 return
-        self._requests[request_id] = _Request(future, keys)
+        self._requests[request_id] = _Request(future, keys, ask.params.adapter)
         self._request_of |= dict.fromkeys(keys, request_id)
+
+    def uses(self, adapter: str) -> bool:
+        """Whether a request in flight is of this adapter."""
+        return any(request.adapter == adapter for request in self._requests.values())
 
     def abort(self, request_id: str) -> None:
         """End a request with `AbortedError`; unknown ids are ignored."""

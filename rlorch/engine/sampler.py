@@ -31,6 +31,7 @@ class SamplerEngine(Protocol):
         Raises:
             ValueError: arguments out of range, or `request_id` is in use.
             WeightsError: nothing is loaded.
+            UserError: `params.adapter` is not an adapter that is loaded.
             In the future: AbortedError after `abort`; ReplicaLostError when the engine or its weights are lost.
         """
         ...
@@ -40,8 +41,8 @@ class SamplerEngine(Protocol):
         ...
 
     def score(self, tokens_T: Tokens) -> Future[Floats]:
-        """Log-probabilities (temperature 1) of tokens 1..T-1 under the current weights: T - 1 values. Other commands
-        wait for it. Raises as `submit` does."""
+        """Log-probabilities (temperature 1) of tokens 1..T-1 under the current weights, without an adapter: T - 1
+        values. Other commands wait for it. Raises as `submit` does."""
         ...
 
     def load(self, updates: Sequence[tuple[Manifest, bytes]]) -> CommitReport:
@@ -74,12 +75,29 @@ class SamplerEngine(Protocol):
         """
         ...
 
+    def add_adapter(self, name: str, path: str | Path) -> None:
+        """Load a LoRA adapter beside running requests. The directory is copied: it may change or go away afterwards.
+        A name that is loaded keeps its weights; the same adapter may be added to it again.
+
+        Raises:
+            ConfigError: the engine was opened with `max_loras` 0.
+            ModelError: it is not an adapter of this model, or the name has other weights; the engine serves on.
+            UserError: an adapter of this name is being removed.
+        """
+        ...
+
+    def remove_adapter(self, name: str) -> Future[None]:
+        """Unload an adapter: no new request may name it, and the future ends when none uses it any more. Unknown
+        names are ignored. Idempotent."""
+        ...
+
     def stats(self) -> EngineStats:
         """Load as of the last step; version -1 before the first load. Consumes `queue_s`. Does not wait."""
         ...
 
     def self_test(self) -> None:
-        """Check that the engine computes with its live weights (`rlorch.engine.self_test`).
+        """Check that the engine computes with its live weights (`rlorch.engine.self_test`), and, where it serves
+        adapters, each row with its own (`rlorch.engine.sampler_lora_self_test`).
 
         Raises:
             OverloadedError: requests are in flight; the test needs an idle engine.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -24,14 +25,19 @@ import numpy as np
 from rlorch.engine.backend import Backend, Load, Outcome
 from rlorch.engine.live_weights import UNLOADED, Prepared
 from rlorch.engine.requests import Ask, Requests, fail, finish
+from rlorch.engine.sampler_lora import load_adapter
+from rlorch.engine.sampler_lora_self_test import run_lora_self_test
+from rlorch.engine.sampler_lora_table import AdapterTable
 from rlorch.engine.self_test import run_self_test
 from rlorch.errors import (
     ChainBrokenError,
+    ConfigError,
     DeadlineError,
     OverloadedError,
     ReplicaLostError,
     RlorchError,
     SelfTestError,
+    UserError,
     WeightsError,
 )
 from rlorch.types import CommitReport, Completion, EngineStats, Floats, Manifest, SamplingParams, Tokens
@@ -84,6 +90,7 @@ class SteppedEngine:
         self._closing = False
         # The thread's own:
         self._requests = Requests()
+        self._adapters = AdapterTable()
         self._commits = 0
         self._tested = False
         self._last_report: CommitReport | None = None
@@ -160,6 +167,22 @@ class SteppedEngine:
     def commit(self, version: int) -> CommitReport:
         """See `SamplerEngine.commit`."""
         return self._wait(self._call(lambda: self._commit(version)), f"commit version {version}")
+
+    def add_adapter(self, name: str, path: str | Path) -> None:
+        """See `SamplerEngine.add_adapter`. Reads the directory in the caller's thread."""
+        if self._lora is None:
+            raise ConfigError(
+                f"engine {self._name} cannot serve adapter {name!r}: sampler.max_loras is 0; set it to the number of "
+                "adapters that one batch may mix"
+            )
+        adapter = load_adapter(name, Path(path), self._lora)
+        self._wait(self._call(lambda: self._adapters.add(adapter)), f"add adapter {name!r}")
+
+    def remove_adapter(self, name: str) -> Future[None]:
+        """See `SamplerEngine.remove_adapter`."""
+        future: Future[None] = Future()
+        self._post(lambda: self._adapters.remove(name, future), future)
+        return future
 
     def stats(self) -> EngineStats:
         """See `SamplerEngine.stats`."""
@@ -246,19 +269,21 @@ class SteppedEngine:
         while not self._commands.empty():
             fail(self._commands.get().future, error)
         self._requests.lose(error)
+        self._adapters.lose(error)
 
     # --- the engine's thread ------------------------------------------------------------------------------
 
     def _run(self, build: Callable[[], Backend], ready: Future[None]) -> None:
         try:
             self._backend = build()
-            self._requests.backend = self._backend
+            self._requests.backend = self._adapters.backend = self._backend
         except Exception as error:
             self._dead = ReplicaLostError(f"engine {self._name} did not start: {error!r}")
             fail(ready, error)
             return
         self._weights = self._backend.weights
         self._vocab_size, self._max_model_len = self._backend.vocab_size, self._backend.max_model_len
+        self._lora = self._backend.lora
         finish(ready, None)
         try:
             while not self._closing and self._dead is None:
@@ -280,6 +305,8 @@ class SteppedEngine:
             self._commands.get().run()
         if self._backend.busy and not self._closing and self._dead is None:
             self._deliver(self._backend.step())
+        if self._dead is None:
+            self._adapters.retire(self._requests.uses)
         load = self._backend.load()
         with self._lock:
             self._load = load
@@ -287,6 +314,11 @@ class SteppedEngine:
     def _submit(self, request_id: str, ask: Ask, future: Future[tuple[Completion, ...]]) -> None:
         if self._weights.version == UNLOADED:
             fail(future, self._unloaded())
+            return
+        try:
+            self._adapters.check(ask.params.adapter)
+        except UserError as error:
+            fail(future, UserError(f"request {request_id!r}: {error}"))
         else:
             self._requests.add(request_id, ask, future)
 
@@ -362,6 +394,8 @@ class SteppedEngine:
             )
         try:
             run_self_test(self._weights, self._score, self._vocab_size)
+            if self._lora is not None:
+                run_lora_self_test(self._backend, self._lora)
         except SelfTestError as error:
             self._die(ReplicaLostError(f"engine {self._name} failed its self-test: {error}"))
             raise

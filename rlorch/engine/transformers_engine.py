@@ -12,6 +12,7 @@ B rows, T tokens in the cache, V vocabulary.
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -24,6 +25,8 @@ from torch import Tensor
 from rlorch.engine.backend import Load, Outcome, Sample
 from rlorch.engine.live_weights import UNLOADED, LiveWeights
 from rlorch.engine.model_dir import has_tokenizer, local_model_dir, resolve_dtype, stop_token_ids
+from rlorch.engine.sampler_lora import Adapter, LoraSupport
+from rlorch.engine.sampler_lora_layers import LoraLayers
 from rlorch.engine.stepped import SteppedEngine
 from rlorch.engine.token_sampling import sample_tokens
 from rlorch.engine.tokenizer import load_tokenizer
@@ -65,6 +68,11 @@ class _Row:
     starts: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
 
     @property
+    def prompt(self) -> tuple[str | None, bytes]:
+        """What decides the keys and values of the prompt: the adapter and the tokens (int64)."""
+        return self.sample.params.adapter, self.sample.prompt_T.astype(np.int64).tobytes()
+
+    @property
     def cached(self) -> int:
         """Tokens with keys and values: all but the newest."""
         return len(self.sample.prompt_T) + len(self.tokens) - 1
@@ -91,6 +99,8 @@ class TransformersBackend:
                     parameters[name].copy_(tensor)
 
         self.weights = LiveWeights(parameters, load_weights, dtype)
+        self._layers = LoraLayers(self._model) if spec.max_loras else None
+        self.lora = LoraSupport(self._layers.targets, spec.max_lora_rank, spec.max_loras) if self._layers else None
         self.vocab_size = int(config.get_text_config().vocab_size)
         self.max_model_len = spec.max_model_len
         self._max_rows = spec.max_num_seqs
@@ -139,10 +149,10 @@ class TransformersBackend:
             if len(self._waiting[0].sample.prompt_T) != length:
                 break
             joining.append(self._waiting.popleft())
-        prompts: dict[bytes, int] = {}
-        which = [prompts.setdefault(row.sample.prompt_T.astype(np.int64).tobytes(), len(prompts)) for row in joining]
-        tokens_BT = torch.from_numpy(np.stack([np.frombuffer(prompt, np.int64) for prompt in prompts]))
-        logits_BV, cache = self._forward(tokens_BT.to(self._device), [])
+        prompts: dict[tuple[str | None, bytes], int] = {}
+        which = [prompts.setdefault(row.prompt, len(prompts)) for row in joining]
+        tokens_BT = torch.from_numpy(np.stack([np.frombuffer(prompt, np.int64) for _, prompt in prompts]))
+        logits_BV, cache = self._forward(tokens_BT.to(self._device), [], [adapter for adapter, _ in prompts])
         now_s, copies = monotonic(), torch.tensor(which, device=self._device)
         for row in joining:
             row.queue_s = max(now_s - row.sample.submitted_s, 0.0)
@@ -156,11 +166,12 @@ class TransformersBackend:
 
     def _decode(self) -> list[tuple[str, Outcome]]:
         tokens_B1 = torch.tensor([[row.tokens[-1]] for row in self._rows], device=self._device)
-        logits_BV, self._cache = self._forward(tokens_B1, self._cache)
+        adapters_B = [row.sample.params.adapter for row in self._rows]
+        logits_BV, self._cache = self._forward(tokens_B1, self._cache, adapters_B)
         return self._sampled(self._rows, logits_BV)
 
-    def _forward(self, tokens_BT: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        """Logits of the last position, and the cache with these tokens in it."""
+    def _forward(self, tokens_BT: Tensor, cache: Cache, adapters_B: Sequence[str | None]) -> tuple[Tensor, Cache]:
+        """Logits of the last position by each row's adapter, and the cache with these tokens in it."""
         from transformers import DynamicCache
 
         past: Any = DynamicCache()
@@ -170,14 +181,15 @@ class TransformersBackend:
         lengths = torch.tensor([row.cached for row in self._rows] if cache else [0], device=self._device)
         steps = torch.arange(held + tokens_BT.shape[1], device=self._device)
         positions = lengths[:, None] + steps[: tokens_BT.shape[1]]
-        output = self._model(
-            input_ids=tokens_BT,
-            attention_mask=(steps[None] >= held - lengths[:, None]).long().expand(len(tokens_BT), -1),
-            position_ids=positions.expand_as(tokens_BT),
-            past_key_values=past,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with self._layers.rows(adapters_B) if self._layers else nullcontext():
+            output = self._model(
+                input_ids=tokens_BT,
+                attention_mask=(steps[None] >= held - lengths[:, None]).long().expand(len(tokens_BT), -1),
+                position_ids=positions.expand_as(tokens_BT),
+                past_key_values=past,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         return output.logits[:, -1], [(layer.keys, layer.values) for layer in past.layers]
 
     def _sampled(self, rows: list[_Row], logits_BV: Tensor) -> list[tuple[str, Outcome]]:
@@ -236,6 +248,16 @@ class TransformersBackend:
     def committed(self, version: int) -> None:
         """Tokens from here on are this version's."""
         self._version = version
+
+    def add_adapter(self, adapter: Adapter) -> None:
+        """Hold it beside the layers; any number of them may share a batch."""
+        assert self._layers is not None, "an adapter for an engine without LoRA"
+        self._layers.add(adapter)
+
+    def remove_adapter(self, name: str) -> None:
+        """Free it."""
+        if self._layers:
+            self._layers.remove(name)
 
     def load(self) -> Load:
         """Load as of the last step."""

@@ -29,6 +29,8 @@ import torch
 from rlorch.engine.backend import Load, Outcome, Sample
 from rlorch.engine.live_weights import LiveWeights
 from rlorch.engine.model_dir import has_tokenizer, local_model_dir, num_experts, resolve_dtype, stop_token_ids
+from rlorch.engine.sampler_lora import Adapter, LoraSupport
+from rlorch.engine.sampler_lora_vllm import VllmAdapters, lora_arguments, mend_cpu_kernels
 from rlorch.engine.stepped import SteppedEngine
 from rlorch.errors import ConfigError, ModelError, RetryableError, SelfTestError
 from rlorch.specs import Dtype, SamplerSpec
@@ -129,6 +131,8 @@ class VllmBackend:
         self._stats = _StepStats()
         self._engine.logger_manager = self._stats
         self.weights = self._live_weights()
+        self._adapters = VllmAdapters(self._engine) if spec.max_loras else None
+        self.lora = self._lora_support(spec) if spec.max_loras else None
         self.vocab_size: int = self._engine.model_config.get_vocab_size()
         self.max_model_len: int = self._engine.model_config.max_model_len
         self._stop_token_ids = stop_token_ids(model_dir)
@@ -144,6 +148,10 @@ class VllmBackend:
             raise SelfTestError(f"vLLM does not compute with its parameters: {error}") from error
         return weights
 
+    def _lora_support(self, spec: SamplerSpec) -> LoraSupport:
+        [targets] = self._engine.collective_rpc("rlorch_lora_targets")
+        return LoraSupport(targets, spec.max_lora_rank, spec.max_loras)
+
     @property
     def busy(self) -> bool:
         """Whether any request is unfinished."""
@@ -154,7 +162,12 @@ class VllmBackend:
         from vllm.inputs import tokens_input
 
         prompt = tokens_input(sample.prompt_T.tolist(), cache_salt=self._salt)
-        self._internal_ids[sample.key] = self._engine.add_request(sample.key, prompt, self._sampling_params(sample))
+        self._internal_ids[sample.key] = self._engine.add_request(
+            sample.key,
+            prompt,
+            self._sampling_params(sample),
+            lora_request=self._adapters.request(sample.params.adapter) if self._adapters else None,
+        )
         self._samples[sample.key] = sample
 
     def _sampling_params(self, sample: Sample) -> Any:
@@ -235,6 +248,16 @@ class VllmBackend:
         for sample in untouched:
             self.add(sample)
 
+    def add_adapter(self, adapter: Adapter) -> None:
+        """Load it into vLLM, from files of its own."""
+        assert self._adapters is not None, "an adapter for an engine without LoRA"
+        self._adapters.add(adapter)
+
+    def remove_adapter(self, name: str) -> None:
+        """Unload it."""
+        if self._adapters:
+            self._adapters.remove(name)
+
     def load(self) -> Load:
         """Load as of the last step."""
         return self._stats.load
@@ -246,6 +269,8 @@ class VllmBackend:
             core.structured_output_manager.clear_backend()
             core.model_executor.shutdown()
             core.scheduler.shutdown()
+            if self._adapters:
+                self._adapters.close()
             del self._engine, self._core, self.weights, core
             gc.unfreeze()  # vLLM froze its objects when it started; without this they are never collected
             gc.collect()
@@ -275,11 +300,14 @@ def _build(model_dir: Path, spec: SamplerSpec, dtype: str, on_cpu: bool) -> Any:
         "worker_extension_cls": "rlorch.engine.vllm_worker.WeightsExtension",
         "distributed_executor_backend": "uni",
         "generation_config": "vllm",  # sampling defaults come from the request alone
+        **lora_arguments(spec),
     }
     if on_cpu:
         from rlorch.engine.vllm_worker import keep_weights_unpacked
 
         keep_weights_unpacked()
+        if spec.max_loras:
+            mend_cpu_kernels()
         arguments["kv_cache_memory_bytes"] = int(spec.cpu_kv_cache_gib * 2**30)
     else:
         arguments["gpu_memory_utilization"] = spec.gpu_memory_fraction

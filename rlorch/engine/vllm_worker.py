@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rlorch.engine.live_weights import LiveWeights
+from rlorch.engine.sampler_lora_vllm import lora_targets, score_with_base
 from rlorch.errors import ModelError
 
 PACKING_MODULE = "vllm.model_executor.layers.utils"
@@ -60,3 +61,9 @@ class WeightsExtension:
         model = self.model_runner.get_model()
         parameters = dict(model.named_parameters(remove_duplicate=False))
         return LiveWeights(parameters, model.load_weights, self.model_runner.model_config.dtype)
+
+    def rlorch_lora_targets(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of each layer that can be adapted, by checkpoint name. From here on `score` is right in a
+        batch with adapters."""
+        score_with_base(self.model_runner)
+        return lora_targets(self.model_runner)

@@ -10,9 +10,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rlorch.aio import Lane
+from rlorch.aio import Lane, deadline
 from rlorch.ports import WeightStore
-from rlorch.specs import RuntimeSpec, TrainerSpec, WeightsSpec
+from rlorch.specs import Ranks, RuntimeSpec, TrainerSpec, WeightsSpec
 from rlorch.types import (
     AdamParams,
     CommitReport,
@@ -46,12 +46,14 @@ class LocalTrainer:
         self._store = store
 
     @classmethod
-    async def start(cls, model: str, spec: TrainerSpec, weights: WeightsSpec, store: WeightStore) -> "LocalTrainer":
-        """Load the model. Raises `ModelError`."""
+    async def start(
+        cls, model: str, spec: TrainerSpec, weights: WeightsSpec, store: WeightStore, ranks: Ranks | None = None
+    ) -> "LocalTrainer":
+        """Load the model, as one of `spec.ranks` processes. Raises `ModelError`, `ConfigError`."""
         from rlorch.engine.trainer import TorchTrainer
 
         lane = Lane("trainer")
-        return cls(await lane.run(TorchTrainer, model, spec, weights), lane, store)
+        return cls(await lane.run(TorchTrainer, model, spec, weights, ranks), lane, store)
 
     async def forward(self, datums: Sequence[Datum]) -> ForwardResult:
         """See `Trainer.forward`."""
@@ -68,7 +70,8 @@ class LocalTrainer:
     async def export(self, kind: str) -> Manifest:
         """See `Trainer.export`: the payload is in the store when this returns."""
         manifest, payload = await self._lane.run(self._engine.export, kind)
-        await self._store.put(manifest.payload, payload)
+        if self._engine.rank == 0:
+            await self._store.put(manifest.payload, payload)
         return manifest
 
     async def published(self, version: int) -> None:
@@ -100,12 +103,12 @@ class LocalReference:
         self._lane = lane
 
     @classmethod
-    async def start(cls, model: str, spec: TrainerSpec) -> "LocalReference":
-        """Load the model. Raises `ModelError`."""
+    async def start(cls, model: str, spec: TrainerSpec, ranks: Ranks | None = None) -> "LocalReference":
+        """Load the model, as one of `spec.ranks` processes. Raises `ModelError`, `ConfigError`."""
         from rlorch.engine.reference import TorchReference
 
         lane = Lane("reference")
-        return cls(await lane.run(TorchReference, model, spec), lane)
+        return cls(await lane.run(TorchReference, model, spec, ranks), lane)
 
     async def logprobs(self, datums: Sequence[Datum]) -> tuple[Floats, ...]:
         """See `Reference.logprobs`."""
@@ -124,13 +127,15 @@ class LocalSampler:
     """The Sampler port over a `SamplerEngine`, which has a thread of its own.
 
     Weight changes go through one lane, so that they are applied in the order they were asked for, while sampling
-    goes on beside them.
+    goes on beside them; adapters have a lane of their own.
     """
 
-    def __init__(self, engine: "SamplerEngine", store: WeightStore) -> None:
+    def __init__(self, engine: "SamplerEngine", store: WeightStore, request_timeout_s: float) -> None:
         self._engine = engine
         self._store = store
+        self._request_timeout_s = request_timeout_s
         self._lane = Lane("weights")
+        self._adapters = Lane("adapters")
 
     @classmethod
     async def start(cls, spec: RuntimeSpec, store: WeightStore) -> "LocalSampler":
@@ -148,7 +153,7 @@ class LocalSampler:
             )
         finally:
             lane.close()
-        return cls(engine, store)
+        return cls(engine, store, spec.sampler.request_timeout_s)
 
     async def sample(self, prompt_T: Tokens, params: SamplingParams, request_id: str) -> tuple[Completion, ...]:
         """See `Sampler.sample`."""
@@ -186,7 +191,18 @@ class LocalSampler:
         """See `Sampler.stats`."""
         return self._engine.stats()
 
+    async def add_adapter(self, name: str, path: str) -> None:
+        """See `Sampler.add_adapter`."""
+        await self._adapters.run(self._engine.add_adapter, name, path)
+
+    async def remove_adapter(self, name: str) -> None:
+        """See `Sampler.remove_adapter`. Raises `DeadlineError` when requests use it for longer than a request may
+        take; it is still removed after the last one."""
+        async with deadline(self._request_timeout_s, f"adapter {name!r} was not unloaded: requests still use it"):
+            await asyncio.wrap_future(self._engine.remove_adapter(name))
+
     async def close(self) -> None:
         """Stop the engine; waiting requests fail."""
         await self._lane.run(self._engine.close)
         self._lane.close()
+        self._adapters.close()

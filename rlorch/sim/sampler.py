@@ -15,12 +15,15 @@ from typing import Literal
 
 import numpy as np
 
+from rlorch.aio import Watched
 from rlorch.errors import (
     AbortedError,
     ChainBrokenError,
     InvariantError,
+    ModelError,
     OverloadedError,
     ReplicaLostError,
+    UserError,
     WeightsError,
 )
 from rlorch.sim.queueing import Engine, EngineModel, Generation
@@ -90,6 +93,7 @@ class _Call:
 
     answer: asyncio.Future[None]
     num_sequences: int
+    adapter: str | None
     finished: dict[int, Generation] = field(default_factory=dict[int, Generation])
 
 
@@ -102,6 +106,8 @@ class SimSampler:
         self.engine = Engine(self.config.engine, -1 if version is None else version)
         self._loaded = version is not None
         self._staged: dict[int, Manifest] = {}
+        self._adapters: dict[str, str] = {}
+        self._in_use: Watched[frozenset[str]] = Watched(frozenset())
         self._calls: dict[str, _Call] = {}
         self._queue_s: list[float] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -120,6 +126,11 @@ class SimSampler:
         await self._answer()
         if not self._loaded:
             raise WeightsError(f"replica {self.name} holds no weights: load it before request {request_id}")
+        if params.adapter is not None and params.adapter not in self._adapters:
+            raise UserError(
+                f"replica {self.name}, request {request_id}: there is no adapter {params.adapter!r}, only "
+                f"{sorted(self._adapters)}: add it first"
+            )
         if request_id in self._calls:
             raise InvariantError(f"replica {self.name} runs request {request_id} already")
         limit = self.config.max_waiting
@@ -132,7 +143,8 @@ class SimSampler:
             )
             for index in range(params.n)
         ]
-        call = self._calls[request_id] = _Call(asyncio.get_running_loop().create_future(), params.n)
+        call = self._calls[request_id] = _Call(asyncio.get_running_loop().create_future(), params.n, params.adapter)
+        self._count_adapters()
         try:
             for sequence in sequences:
                 self.engine.enqueue(sequence)
@@ -145,6 +157,7 @@ class SimSampler:
             if call.answer.done() and not call.answer.cancelled():
                 call.answer.exception()  # seen, also when the caller was cancelled in the same step
             del self._calls[request_id]
+            self._count_adapters()
         return tuple(self._completion(call.finished[index], params) for index in range(params.n))
 
     async def abort(self, request_id: str) -> None:
@@ -221,6 +234,27 @@ class SimSampler:
             queue_s=queue_s,
         )
 
+    async def add_adapter(self, name: str, path: str) -> None:
+        """As the port says; an adapter is known by its path, and no file is read."""
+        await self._answer()
+        if name not in self._adapters and name in self._in_use.value:
+            raise UserError(f"replica {self.name}: adapter {name!r} is being removed: wait until it is gone")
+        if self._adapters.setdefault(name, path) != path:
+            raise ModelError(
+                f"replica {self.name}: adapter {name!r} is {self._adapters[name]!r}, not {path!r}: a version of its "
+                "own needs a name of its own"
+            )
+
+    async def remove_adapter(self, name: str) -> None:
+        """As the port says."""
+        await self._answer()
+        self._adapters.pop(name, None)
+        await self._in_use.until(lambda names: name not in names)
+        await self._answer()
+
+    def _count_adapters(self) -> None:
+        self._in_use.set(frozenset(call.adapter for call in self._calls.values() if call.adapter is not None))
+
     # --- the clock ---------------------------------------------------------------------------------------
 
     def crash(self, reason: str = "crashed") -> None:
@@ -292,8 +326,9 @@ class SimSampler:
 
     # --- what it says ------------------------------------------------------------------------------------
 
-    def _random(self, request_id: str, index: int) -> random.Random:
-        return random.Random(f"{self.config.seed}/{request_id}/{index}")
+    def _random(self, request_id: str, index: int, adapter: str | None = None) -> random.Random:
+        of_adapter = "" if adapter is None else f"/{adapter}"
+        return random.Random(f"{self.config.seed}/{request_id}/{index}{of_adapter}")
 
     def _length(self, params: SamplingParams, request_id: str, index: int) -> int:
         mu = math.log(self.config.mean_tokens) - self.config.spread**2 / 2
@@ -302,7 +337,7 @@ class SimSampler:
 
     def _completion(self, done: Generation, params: SamplingParams) -> Completion:
         stops = [start for _, start in done.spans[1:]] + [done.length]
-        first = self._random(done.request_id, done.index).randrange(VOCABULARY)
+        first = self._random(done.request_id, done.index, params.adapter).randrange(VOCABULARY)
         tokens_T = ((first + 31 * np.arange(done.length)) % VOCABULARY).astype(np.int32)
         return Completion(
             tokens_T=tokens_T,

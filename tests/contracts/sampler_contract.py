@@ -10,16 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sampler_world import EOS, VOCAB, World, covers, make_model_dir, prompt, with_wrong_tensor_digest
+from sampler_world import EOS, VOCAB, World, covers, make_adapter, make_model_dir, prompt, with_wrong_tensor_digest
 
 from rlorch.engine.sampler import SamplerEngine
 from rlorch.errors import (
     AbortedError,
     ChainBrokenError,
+    ConfigError,
     DigestMismatchError,
     ModelError,
     OverloadedError,
     ReplicaLostError,
+    UserError,
     WeightsError,
 )
 from rlorch.specs import SamplerSpec
@@ -31,10 +33,9 @@ LONG = SamplingParams(max_tokens=200, stop_token_ids=())
 Open = Callable[[Path], SamplerEngine]
 
 
-def contract_spec(engine: str) -> SamplerSpec:
-    return SamplerSpec.model_validate(
-        {"engine": engine, "max_model_len": 256, "max_num_seqs": MAX_NUM_SEQS, "cpu_kv_cache_gib": 0.125}
-    )
+def contract_spec(engine: str, **changes: object) -> SamplerSpec:
+    fields = {"engine": engine, "max_model_len": 256, "max_num_seqs": MAX_NUM_SEQS, "cpu_kv_cache_gib": 0.125}
+    return SamplerSpec.model_validate(fields | changes)
 
 
 class WeightsContract:
@@ -325,6 +326,15 @@ class SamplerContract(WeightsContract):
         with pytest.raises(ValueError):
             engine.submit(prompt_T, params, "bad").result(WAIT_S)
         assert covers(running.result(WAIT_S)[0])
+
+    def test_an_engine_without_adapters_says_which_key_to_set(
+        self, engine: SamplerEngine, world: World, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ConfigError, match=r"sampler\.max_loras is 0"):
+            engine.add_adapter("one", make_adapter(tmp_path / "one", 1, 4))
+        with pytest.raises(UserError, match="no adapter 'one'"):
+            engine.submit(prompt(0, 4), SamplingParams(adapter="one"), "r").result(WAIT_S)
+        engine.remove_adapter("one").result(WAIT_S)
 
     # --- requests -----------------------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """A tiny Qwen3, its published versions, and the slow reference that an engine's log-probabilities are held to."""
 
+import copy
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -8,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from rlorch.engine.live_weights import bits_of, values_of
@@ -52,6 +55,7 @@ class World:
         self.deltas.append(self.anchor(0))
         self._model = model.eval()
         self._loaded: State | None = None
+        self._merged: dict[tuple[int, Path], Qwen3ForCausalLM] = {}
 
     def anchor(self, version: int) -> tuple[Manifest, bytes]:
         return encode_update(
@@ -103,8 +107,12 @@ class World:
 
     # --- the reference ------------------------------------------------------------------------------------
 
-    def model(self, version: int) -> Qwen3ForCausalLM:
-        """The transformers model with the weights of a version."""
+    def model(self, version: int, adapter: Path | None = None) -> Qwen3ForCausalLM:
+        """The transformers model with the weights of a version, an adapter merged into them."""
+        if adapter is not None:
+            if (version, adapter) not in self._merged:
+                self._merged[version, adapter] = merged(self.model(version), adapter)
+            return self._merged[version, adapter]
         if self._loaded is not self.states[version]:
             with torch.no_grad():
                 for name, parameter in self._model.named_parameters():
@@ -121,7 +129,9 @@ class World:
         return logprobs.gather(-1, tokens[0, 1:, None])[:, 0].numpy()
 
     @torch.inference_mode()
-    def replay(self, prompt_T: Tokens, completion: Completion, params: SamplingParams) -> Floats:
+    def replay(
+        self, prompt_T: Tokens, completion: Completion, params: SamplingParams, adapter: Path | None = None
+    ) -> Floats:
         """Log-probabilities of a completion's tokens, one decode step at a time, each with the weights that the spans
         name and the cache that earlier versions left behind: wrong if a span is off by one token."""
         cache = DynamicCache()
@@ -130,7 +140,8 @@ class World:
         for span in completion.spans:
             for position in range(span.start, span.stop):
                 token = int(completion.tokens_T[position])
-                logits = self.model(span.version)(input_ids=inputs, past_key_values=cache, use_cache=True).logits
+                model = self.model(span.version, adapter)
+                logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
                 found.append(float(behaviour_logprobs(logits[0, -1].float(), params)[token]))
                 inputs = torch.tensor([[token]])
         return np.array(found, np.float32)
@@ -176,3 +187,56 @@ def covers(completion: Completion) -> bool:
         and all(span.start < span.stop for span in completion.spans)
         and versions == sorted(set(versions))
     )
+
+
+# --- adapters -------------------------------------------------------------------------------------------------
+
+LINEARS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+
+
+def make_adapter(
+    directory: Path,
+    seed: int,
+    rank: int,
+    *,
+    layers: Sequence[int] = (0, 1, 2, 3),
+    head: bool = False,
+    strength: float = 0.5,
+    **config: object,
+) -> Path:
+    """A PEFT directory of a random adapter of the tiny model that changes what it touches visibly."""
+    model = Qwen3ForCausalLM(tiny_config())
+    names = [f"model.layers.{layer}.{name}" for layer in layers for name in LINEARS] + ["lm_head"] * head
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, torch.nn.Linear)
+        outputs, inputs = linear.weight.shape
+        a = torch.randn(rank, inputs, generator=generator) / inputs**0.5
+        b = torch.randn(outputs, rank, generator=generator) * strength
+        tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    plain = {"peft_type": "LORA", "r": rank, "lora_alpha": rank**0.5, "bias": "none", "target_modules": "all-linear"}
+    (directory / "adapter_config.json").write_text(json.dumps(plain | config))
+    return directory
+
+
+def merged(model: Qwen3ForCausalLM, adapter: Path) -> Qwen3ForCausalLM:
+    """A copy of a model with W + (alpha / r) B A in place of W; a tied head is untied where it is adapted."""
+    model = copy.deepcopy(model)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    with torch.no_grad():
+        for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
+            name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            b = tensors[key.replace("lora_A", "lora_B")]
+            linear = model.get_submodule(name)
+            assert isinstance(linear, torch.nn.Linear)
+            changed = linear.weight.float() + config["lora_alpha"] / config["r"] * b @ tensors[key]
+            linear.weight = torch.nn.Parameter(changed.to(linear.weight.dtype))
+    return model

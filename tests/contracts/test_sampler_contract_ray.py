@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 from sampler_contract import LONG, MAX_NUM_SEQS, WAIT_S, SamplerContract, WeightsContract, contract_spec
+from sampler_lora_contract import Adapters, LoraContract, LoraWeightsContract, lora_spec
 from sampler_world import World, prompt
 
-from rlorch.specs import RuntimeSpec, TrainerSpec
+from rlorch.errors import UserError
+from rlorch.specs import RuntimeSpec, SamplerSpec, TrainerSpec
 from rlorch.types import CommitReport, Completion, EngineStats, Floats, Manifest, SamplingParams, Tokens
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
@@ -21,14 +23,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.engine]
 class RaySamplerAsEngine:
     """A `SamplerEngine` over the sampler port of a `RayRuntime`, whose event loop runs in a thread of its own."""
 
-    def __init__(self, model: Path, run_dir: Path) -> None:
+    def __init__(self, model: Path, run_dir: Path, sampler: SamplerSpec) -> None:
         from actors.runtime import RayRuntime, devices
         from rlorch.placement import adjusted, make_plan
 
         spec = RuntimeSpec(
             model=str(model),
             run_dir=str(run_dir),
-            sampler=contract_spec("transformers"),
+            sampler=sampler,
             trainer=TrainerSpec(serve_dtype="float32"),
             roles=("sampler",),
         )
@@ -62,6 +64,12 @@ class RaySamplerAsEngine:
     def commit(self, version: int) -> CommitReport:
         return self._do(self._sampler.commit(version))
 
+    def add_adapter(self, name: str, path: str | Path) -> None:
+        self._do(self._sampler.add_adapter(name, str(path)))
+
+    def remove_adapter(self, name: str) -> Future[None]:
+        return self._begin(self._sampler.remove_adapter(name))
+
     def stats(self) -> EngineStats:
         return self._do(self._sampler.stats())
 
@@ -91,7 +99,9 @@ class TestRaySampler(WeightsContract):
     def open_engine(
         self, cluster: None, tmp_path_factory: pytest.TempPathFactory
     ) -> Callable[[Path], RaySamplerAsEngine]:
-        return lambda directory: RaySamplerAsEngine(directory, tmp_path_factory.mktemp("run"))
+        return lambda directory: RaySamplerAsEngine(
+            directory, tmp_path_factory.mktemp("run"), contract_spec("transformers")
+        )
 
     def test_cancelling_a_sample_aborts_it_in_the_engine(self, engine: RaySamplerAsEngine, world: World) -> None:
         long = engine.submit(prompt(1, 8), replace(LONG, n=5 * MAX_NUM_SEQS), "long")
@@ -104,3 +114,29 @@ class TestRaySampler(WeightsContract):
                 break
         assert (engine.stats().running, engine.stats().waiting) == (0, 0)
         assert engine.submit(prompt(1, 8), SamplingParams(max_tokens=2), "long").result(WAIT_S)
+
+
+class TestRaySamplerWithAdapters(LoraWeightsContract):
+    test_an_unknown_adapter = LoraContract.test_an_unknown_adapter_is_refused_by_a_list_of_the_known_ones
+    test_a_name_keeps_its_weights = LoraContract.test_a_name_keeps_its_weights_and_takes_only_the_same_again
+    test_spans = LoraContract.test_spans_of_adapter_rows_name_the_version_of_the_base
+
+    @pytest.fixture(scope="class")
+    def open_engine(
+        self, cluster: None, tmp_path_factory: pytest.TempPathFactory
+    ) -> Callable[[Path], RaySamplerAsEngine]:
+        return lambda directory: RaySamplerAsEngine(
+            directory, tmp_path_factory.mktemp("run"), lora_spec("transformers")
+        )
+
+    def test_removal_waits_for_the_last_request(
+        self, engine: RaySamplerAsEngine, world: World, adapters: Adapters
+    ) -> None:
+        adapters.add("one", 1, 4)
+        running = engine.submit(prompt(1, 8), replace(LONG, n=5 * MAX_NUM_SEQS, adapter="one"), "running")
+        while not engine.stats().running:
+            engine.score(prompt(0, 4)).result(WAIT_S)
+        engine.remove_adapter("one").result(WAIT_S)
+        assert running.done()
+        with pytest.raises(UserError, match="no adapter 'one'"):
+            engine.submit(prompt(1, 8), SamplingParams(adapter="one"), "late").result(WAIT_S)

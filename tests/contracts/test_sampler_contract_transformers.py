@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from sampler_contract import Open, SamplerContract, WeightsContract, contract_spec
+from sampler_lora_contract import LoraContract, LoraWeightsContract, lora_spec
 
 from rlorch.engine.sampler import open_sampler_engine
 
@@ -24,3 +25,18 @@ class TestTransformersBfloat16(WeightsContract):
     @pytest.fixture(scope="class")
     def open_engine(self) -> Open:
         return partial(open_sampler_engine, spec=contract_spec("transformers"), dtype="bfloat16")
+
+
+class TestTransformersLoraFloat32(LoraContract):
+    @pytest.fixture(scope="class")
+    def open_engine(self) -> Open:
+        return partial(open_sampler_engine, spec=lora_spec("transformers"), dtype="float32")
+
+
+class TestTransformersLoraBfloat16(LoraWeightsContract):
+    dtype = torch.bfloat16
+    tolerance = 0.15
+
+    @pytest.fixture(scope="class")
+    def open_engine(self) -> Open:
+        return partial(open_sampler_engine, spec=lora_spec("transformers"), dtype="bfloat16")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from sampler_contract import WAIT_S, Open, SamplerContract, WeightsContract, contract_spec
+from sampler_lora_contract import LoraContract, LoraWeightsContract, lora_spec
 from sampler_world import World, make_model_dir, prompt, tiny_config
 
 from rlorch.engine.live_weights import values_of
@@ -114,6 +115,46 @@ class TestVllmBfloat16(WeightsContract):
     @pytest.fixture(scope="class")
     def open_engine(self) -> Open:
         return partial(open_sampler_engine, spec=SPEC, dtype="bfloat16")
+
+
+class TestVllmLoraFloat32(LoraContract):
+    @pytest.fixture(scope="class")
+    def open_engine(self) -> Open:
+        return partial(open_sampler_engine, spec=lora_spec("vllm"), dtype="float32")
+
+    def test_vllms_own_cpu_kernels_are_found_by_the_self_test(self, open_engine: Open, directory: Path) -> None:
+        from vllm.lora.ops import torch_ops
+        from vllm.lora.ops.torch_ops import lora_ops
+        from vllm.lora.punica_wrapper import punica_cpu
+
+        from rlorch.engine.sampler_lora_vllm import mend_cpu_kernels
+
+        engine = open_engine(directory)
+        try:
+            engine.load([World(directory, self.dtype).anchor(0)])
+            for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"):
+                for module in (lora_ops, punica_cpu):
+                    setattr(module, name, getattr(torch_ops, name))
+            with pytest.raises(SelfTestError, match="rows of the base beside adapters"):
+                engine.self_test()
+            with pytest.raises(ReplicaLostError, match="self-test"):
+                engine.submit(prompt(0, 4), SamplingParams(), "r")
+        finally:
+            mend_cpu_kernels()
+            engine.close()
+
+    def test_a_rank_that_vllm_has_no_buffer_for_is_refused(self, directory: Path) -> None:
+        with pytest.raises(ConfigError, match="max_lora_rank is 513"):
+            open_sampler_engine(directory, SPEC.model_copy(update={"max_loras": 1, "max_lora_rank": 513}))
+
+
+class TestVllmLoraBfloat16(LoraWeightsContract):
+    dtype = torch.bfloat16
+    tolerance = 0.25  # measured: largest 0.15; the reference rounds the merged weights, the engine the adapter's output
+
+    @pytest.fixture(scope="class")
+    def open_engine(self) -> Open:
+        return partial(open_sampler_engine, spec=lora_spec("vllm"), dtype="bfloat16")
 
 
 @pytest.fixture

@@ -2,21 +2,24 @@
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rlorch.engine.backend import Load, Outcome, Sample
 from rlorch.engine.live_weights import LiveWeights, bits_of
+from rlorch.engine.sampler_lora import Adapter, LoraSupport
 from rlorch.engine.stepped import SteppedEngine
-from rlorch.errors import DeadlineError, ReplicaLostError, RetryableError, SelfTestError
+from rlorch.errors import DeadlineError, ModelError, ReplicaLostError, RetryableError, SelfTestError, UserError
 from rlorch.types import Completion, Floats, SamplingParams, Tokens, VersionSpan
 from rlorch.weights.codec import encode_update
 
 pytestmark = pytest.mark.engine
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 PROMPT = np.array([1, 2], np.int32)
 
 
@@ -25,6 +28,7 @@ class ScriptedBackend:
 
     vocab_size = 32
     max_model_len = 64
+    lora: LoraSupport | None = None
 
     def __init__(self) -> None:
         self.weight = torch.ones(4)
@@ -38,6 +42,7 @@ class ScriptedBackend:
         self.stepping = threading.Event()
         self.stale = False
         self.closed = threading.Event()
+        self.adapters: list[str] = []
 
     def _load(self, tensors) -> None:
         for _, tensor in tensors:
@@ -80,6 +85,14 @@ class ScriptedBackend:
         return np.full(len(tokens_T) - 1, total, np.float32), []
 
     def committed(self, version: int) -> None: ...
+
+    def add_adapter(self, adapter: Adapter) -> None:
+        if adapter.name in self.rejects:
+            raise ModelError("not this one")
+        self.adapters.append(adapter.name)
+
+    def remove_adapter(self, name: str) -> None:
+        self.adapters.remove(name)
 
     def load(self) -> Load:
         return Load(running=len(self.left))
@@ -211,3 +224,69 @@ def test_closing_waits_for_the_running_step_and_closes_the_backend() -> None:
     assert backend.closed.is_set()
     with pytest.raises(ReplicaLostError, match="closed"):
         future.result(WAIT_S)
+
+
+# --- adapters -------------------------------------------------------------------------------------------------
+
+
+def adapted(tmp_path: Path) -> tuple[SteppedEngine, ScriptedBackend, Path]:
+    """An engine that serves adapters of one layer, and an adapter. (Its self-test would need a model: it is loaded
+    before it knows adapters.)"""
+    engine, backend = opened()
+    engine._lora = LoraSupport({"layer": (3, 2)}, max_rank=4, slots=2)
+    tensors = {"base_model.model.layer.lora_A.weight": torch.ones(1, 2)}
+    tensors["base_model.model.layer.lora_B.weight"] = torch.ones(3, 1)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 2}')
+    return engine, backend, tmp_path
+
+
+def test_an_adapter_leaves_with_its_last_request_and_not_before(tmp_path: Path) -> None:
+    engine, backend, path = adapted(tmp_path)
+    for name in ("one", "two"):
+        engine.add_adapter(name, path)
+        engine.add_adapter(name, path)
+    assert backend.adapters == ["one", "two"]
+    backend.stuck.clear()
+    params = SamplingParams(max_tokens=3, adapter="one")
+    running = engine.submit(PROMPT, params, "r")
+    removal, again, idle = (engine.remove_adapter(name) for name in ("one", "one", "two"))
+    late = engine.submit(PROMPT, params, "late")
+    backend.stuck.set()
+    with pytest.raises(UserError, match=r"'late'.*'one', only \[\]"):
+        late.result(WAIT_S)
+    assert running.result(WAIT_S)
+    for future in (removal, again, idle):
+        future.result(WAIT_S)
+    assert backend.adapters == []
+    engine.add_adapter("one", path)
+    assert engine.submit(PROMPT, params, "r").result(WAIT_S)
+    engine.close()
+
+
+def test_an_adapter_that_the_backend_refuses_is_unknown_and_may_be_added_again(tmp_path: Path) -> None:
+    engine, backend, path = adapted(tmp_path)
+    backend.rejects = {"one"}
+    with pytest.raises(ModelError, match="not this one"):
+        engine.add_adapter("one", path)
+    with pytest.raises(UserError, match="no adapter"):
+        engine.submit(PROMPT, SamplingParams(adapter="one"), "r").result(WAIT_S)
+    backend.rejects = set()
+    engine.add_adapter("one", path)
+    engine.close()
+
+
+def test_a_removal_that_waits_when_the_engine_dies_fails_with_it(tmp_path: Path) -> None:
+    engine, backend, path = adapted(tmp_path)
+    engine.add_adapter("one", path)
+    backend.stuck.clear()
+    running = engine.submit(PROMPT, SamplingParams(max_tokens=10**9, adapter="one"), "r")
+    removal = engine.remove_adapter("one")
+    backend.fault = RuntimeError("out of memory")
+    backend.stuck.set()
+    for future in (running, removal):
+        with pytest.raises(ReplicaLostError, match="out of memory"):
+            future.result(WAIT_S)
+    with pytest.raises(ReplicaLostError):
+        engine.add_adapter("one", path)
+    engine.close()

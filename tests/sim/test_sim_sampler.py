@@ -5,7 +5,15 @@ import asyncio
 import numpy as np
 import pytest
 
-from rlorch.errors import AbortedError, ChainBrokenError, OverloadedError, ReplicaLostError, WeightsError
+from rlorch.errors import (
+    AbortedError,
+    ChainBrokenError,
+    ModelError,
+    OverloadedError,
+    ReplicaLostError,
+    UserError,
+    WeightsError,
+)
 from rlorch.sim.loop import run_virtual
 from rlorch.sim.queueing import EngineModel
 from rlorch.sim.sampler import Fault, SimSampler, SimSamplerConfig
@@ -190,5 +198,36 @@ def test_overload_passes_and_slowness_slows():
             await sampler.sample(PROMPT_T, SamplingParams(max_tokens=50), "r")
             took.append(clock() - at)
         assert took[1] == pytest.approx(10 * took[0])
+
+    run_virtual(scenario())
+
+
+def test_an_adapter_serves_from_its_addition_until_nobody_uses_it():
+    async def scenario() -> None:
+        sampler = SimSampler("r0", SimSamplerConfig(mean_tokens=1e4), version=0)
+        params = SamplingParams(max_tokens=100, adapter="one")
+        await sampler.add_adapter("two", "/two")
+        with pytest.raises(UserError, match=r"no adapter 'one'.*\['two'\]"):
+            await sampler.sample(PROMPT_T, params, "early")
+        await sampler.add_adapter("one", "/one")
+        await sampler.add_adapter("one", "/one")
+        with pytest.raises(ModelError, match="a name of its own"):
+            await sampler.add_adapter("one", "/another")
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(sampler.sample(PROMPT_T, params, "r"))
+            await asyncio.sleep(0.001)
+            removal = group.create_task(sampler.remove_adapter("one"))
+            await asyncio.sleep(0.001)
+            assert not removal.done()
+            with pytest.raises(UserError, match="no adapter"):
+                await sampler.sample(PROMPT_T, params, "late")
+            with pytest.raises(UserError, match="being removed"):
+                await sampler.add_adapter("one", "/one")
+        (adapted,) = running.result()
+        (base,) = await sampler.sample(PROMPT_T, SamplingParams(max_tokens=100), "r")
+        assert adapted.tokens_T[0] != base.tokens_T[0]
+        await sampler.remove_adapter("one")
+        await sampler.remove_adapter("nobody")
+        await sampler.add_adapter("one", "/another")
 
     run_virtual(scenario())

@@ -1,0 +1,213 @@
+"""LoRA in vLLM without its traps (vLLM 0.32).
+
+* Its CPU kernels index the stacked adapters by slot, and -1, "no adapter", is the last one: rows of the base in a mixed
+  batch get somebody's adapter (pull requests 48421, 49656). `mend_cpu_kernels` replaces them by a loop over the slots
+  that the batch uses.
+* Its prefix cache knows adapters by name and path, so every adapter has a serial number in its name and a directory of
+  its own, for ever.
+* An adapter that fails to load when a request needs it ends the engine. So it is written to a private directory,
+  loaded and listed before any request may name it, and stays readable until it is removed: vLLM keeps the recently
+  used ones in memory and reads the others again.
+* The log-probabilities of a prompt are computed with the adapters of the batch's *sampled* rows, a wrong number of
+  rows. Only `score` asks for them, of the base: `score_with_base` turns the head's adapters off there.
+"""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from shutil import rmtree
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rlorch.engine.sampler_lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter
+from rlorch.errors import ConfigError, ModelError
+from rlorch.specs import SamplerSpec
+
+KERNEL_MODULES = ("vllm.lora.ops.torch_ops.lora_ops", "vllm.lora.punica_wrapper.punica_cpu")
+ADAPTERS_IN_MEMORY = 32
+"""Host copies that vLLM keeps; the others are read from disk when used, in milliseconds."""
+
+
+def lora_arguments(spec: SamplerSpec) -> dict[str, Any]:
+    """vLLM's engine arguments. Raises `ConfigError` for a rank that vLLM has no buffer for."""
+    if not spec.max_loras:
+        return {}
+    from vllm.config.lora import MaxLoRARanks
+
+    sizes = sorted(get_args(MaxLoRARanks))
+    rank = next((size for size in sizes if size >= spec.max_lora_rank), None)
+    if rank is None:
+        raise ConfigError(f"sampler.max_lora_rank is {spec.max_lora_rank}; vLLM serves ranks up to {sizes[-1]}")
+    return {
+        "enable_lora": True,
+        "max_loras": spec.max_loras,
+        "max_lora_rank": rank,
+        "max_cpu_loras": max(ADAPTERS_IN_MEMORY, 2 * spec.max_loras),
+    }
+
+
+class VllmAdapters:
+    """The adapters of one engine: vLLM's request object and private files of each, by our name."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._folder = TemporaryDirectory(prefix="rlorch-adapters-")
+        self._requests: dict[str, Any] = {}
+        self._serial = 0
+
+    def add(self, adapter: Adapter) -> None:
+        """Write, load and list an adapter. Raises `ModelError`; vLLM has forgotten it then."""
+        from vllm.lora.request import LoRARequest
+
+        self._serial += 1
+        path = Path(self._folder.name) / str(self._serial)
+        request = LoRARequest(f"{adapter.name}#{self._serial}", self._serial, str(path))
+        try:
+            _write(adapter, path)
+            self._engine.add_lora(request)
+            if self._serial not in self._engine.list_loras():
+                raise ModelError(f"vLLM does not list adapter {adapter.name!r} after loading it")
+        except Exception as error:  # of any class: it is the adapter's fault, and must not become the engine's
+            with suppress(Exception):
+                self._engine.remove_lora(self._serial)
+            rmtree(path, ignore_errors=True)
+            raise ModelError(f"vLLM cannot load adapter {adapter.name!r}: {error!r}") from error
+        self._requests[adapter.name] = request
+
+    def remove(self, name: str) -> None:
+        """Unload an adapter; unknown names are ignored."""
+        if (request := self._requests.pop(name, None)) is not None:
+            self._engine.remove_lora(request.lora_int_id)
+            rmtree(request.lora_path)
+
+    def request(self, name: str | None) -> Any:
+        """What vLLM's `add_request` takes; None is the base."""
+        return None if name is None else self._requests[name]
+
+    def close(self) -> None:
+        """Delete the files."""
+        del self._engine
+        self._folder.cleanup()
+
+
+def _write(adapter: Adapter, path: Path) -> None:
+    """A PEFT directory of exactly what was checked; the scaling is in `lora_alpha`."""
+    path.mkdir()
+    tensors: dict[str, Tensor] = {}
+    for layer, (a, b) in adapter.layers.items():
+        tensors[f"{PREFIX}{layer}.lora_A.weight"] = a.contiguous()
+        tensors[f"{PREFIX}{layer}.lora_B.weight"] = b.contiguous()
+    config = {
+        "peft_type": "LORA",
+        "r": adapter.rank,
+        "lora_alpha": adapter.scaling * adapter.rank,
+        "target_modules": sorted({layer.rpartition(".")[-1] for layer in adapter.layers}),
+        "bias": "none",
+    }
+    (path / CONFIG_FILE).write_text(json.dumps(config))
+    save_file(tensors, path / WEIGHTS_FILE)
+
+
+# --- inside the worker ------------------------------------------------------------------------------------
+
+
+def lora_targets(model_runner: Any) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of each layer that vLLM can adapt, by checkpoint name: fused ones by their parts. Embeddings
+    are left out, the head is not."""
+    manager = model_runner.lora_manager._adapter_manager
+    targets: dict[str, tuple[int, int]] = {}
+    for name, module in manager.modules.items():
+        if "Embedding" in type(module).__name__:
+            continue
+        stacked_a, stacked_b = module.lora_a_stacked, module.lora_b_stacked
+        if isinstance(stacked_a, Tensor):  # the head
+            stacked_a, stacked_b = (stacked_a,), (stacked_b,)
+        parts = manager.packed_modules.get(name, [name])
+        for part, a, b in zip(parts, stacked_a, stacked_b, strict=True):
+            targets[part] = (b.shape[-2], a.shape[-1])
+    return targets
+
+
+def score_with_base(model_runner: Any) -> None:
+    """Compute the log-probabilities of prompts without the head's adapters."""
+    original: Callable[..., Any] = model_runner._get_prompt_logprobs_dict
+    wrappers = list(model_runner.lora_manager._adapter_manager.punica_wrapper_mapping.values())
+
+    def without_adapters(*args: Any, **kwargs: Any) -> Any:
+        for wrapper in wrappers:
+            wrapper.add_lora_logits = lambda logits, *_, **__: logits
+        try:
+            return original(*args, **kwargs)
+        finally:
+            for wrapper in wrappers:
+                del wrapper.add_lora_logits
+
+    model_runner._get_prompt_logprobs_dict = without_adapters
+
+
+def mend_cpu_kernels() -> None:
+    """Replace vLLM's CPU kernels. Call it before an engine is built. Idempotent.
+
+    Raises:
+        ModelError: this vLLM has no such kernels; it is not the version that was pinned.
+    """
+    for kernel in (bgmv_shrink, bgmv_expand, bgmv_expand_slice):
+        for module in map(import_module, KERNEL_MODULES):
+            if not hasattr(module, kernel.__name__):
+                raise ModelError(
+                    f"vLLM has no {module.__name__}.{kernel.__name__}: install the version that rlorch pins"
+                )
+            setattr(module, kernel.__name__, kernel)
+
+
+def bgmv_shrink(
+    inputs: Tensor, lora_a_weights: Tensor, output_tensor: Tensor, lora_indices_tensor: Tensor, scaling: float = 1.0
+) -> None:
+    """Into float32 `output_tensor`: each row of `inputs` times its slot's A; zeros for rows of the base."""
+    output_tensor.zero_()
+    for rows, a in _slots(lora_indices_tensor, lora_a_weights):
+        product = torch.nn.functional.linear(inputs[rows].to(output_tensor.dtype), a.to(output_tensor.dtype))
+        output_tensor[rows, : a.shape[0]] = scaling * product
+
+
+def bgmv_expand(
+    inputs: Tensor,
+    lora_b_weights: Tensor,
+    output_tensor: Tensor,
+    lora_indices_tensor: Tensor,
+    add_inputs: bool = True,
+) -> None:
+    """Each row of `inputs` times its slot's B, added to `output_tensor`; rows of the base are left alone."""
+    bgmv_expand_slice(inputs, lora_b_weights, output_tensor, lora_indices_tensor, 0, None, add_inputs)
+
+
+def bgmv_expand_slice(
+    inputs: Tensor,
+    lora_b_weights: Tensor,
+    output_tensor: Tensor,
+    lora_indices_tensor: Tensor,
+    slice_offset: int,
+    slice_size: int | None,
+    add_inputs: bool = True,
+) -> None:
+    """As `bgmv_expand`, into `slice_size` columns (all that there are: None) from `slice_offset` on."""
+    stop = output_tensor.shape[1] if slice_size is None else slice_offset + slice_size
+    target = output_tensor[:, slice_offset:stop]
+    if not add_inputs:
+        target.zero_()
+    for rows, b in _slots(lora_indices_tensor, lora_b_weights):
+        product = torch.nn.functional.linear(inputs[rows].to(target.dtype), b.to(target.dtype))
+        width = min(product.shape[1], target.shape[1])
+        target[rows, :width] += product[:, :width]
+
+
+def _slots(indices: Tensor, stacked: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The rows of each slot that is used, and the slot's matrix."""
+    matrices = stacked[:, 0] if stacked.ndim == 4 else stacked
+    return [((indices == slot).nonzero()[:, 0], matrices[slot]) for slot in indices.unique().tolist() if slot >= 0]
