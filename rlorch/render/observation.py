@@ -12,7 +12,7 @@ import numpy as np
 
 from rlorch.errors import DataError, ModelError
 from rlorch.ports import Tokenizer
-from rlorch.render.prompt import Message, chat_text
+from rlorch.render.chat import Message, Tool, chat_text
 from rlorch.types import Tokens
 
 _ASKED, _SAID = "rlorch asked", "rlorch said"
@@ -24,6 +24,7 @@ def render_observation(
     *,
     turn_closed: bool,
     options: Mapping[str, Any] | None = None,
+    tools: Sequence[Tool] = (),
 ) -> Tokens:
     """Tokens (int32) of `messages` and the next generation prompt, as they follow an assistant turn.
 
@@ -36,8 +37,8 @@ def render_observation(
     """
     options = options or {}
     stand_in: list[Message] = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _SAID}]
-    before = chat_text(stand_in, tokenizer, add_generation_prompt=False, options=options)
-    after = chat_text([*stand_in, *messages], tokenizer, add_generation_prompt=True, options=options)
+    before = chat_text(stand_in, tokenizer, add_generation_prompt=False, options=options, tools=tools)
+    after = chat_text([*stand_in, *messages], tokenizer, add_generation_prompt=True, options=options, tools=tools)
     said = before.rfind(_SAID) + len(_SAID)
     if _SAID not in before or not after.startswith(before):
         roles = ", ".join(str(message.get("role", "?")) for message in messages)

@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 from pydantic import Field, field_validator
 
-from rlorch.errors import DataError, ModelError
+from rlorch.errors import DataError
 from rlorch.ports import Tokenizer
+from rlorch.render.chat import Message, Tool, chat_text, check_messages, check_tools, shown
 from rlorch.specs import Spec
 from rlorch.types import Tokens
-
-Message = Mapping[str, Any]
-"""One chat message: `role`, `content`, and whatever else the template reads (tool calls, names)."""
 
 
 class RenderSpec(Spec):
@@ -27,6 +25,10 @@ class RenderSpec(Spec):
     suffix: str = Field(default="", description="text after a text prompt, verbatim")
     chat: bool = Field(default=False, description="wrap a text prompt as one user message for the chat template")
     add_special_tokens: bool = Field(default=False, description="let the tokenizer add BOS to a text prompt")
+    tools_field: str = Field(
+        default="tools",
+        description="row field, where a row has it, with the tools offered to a chat: JSON schemas of functions",
+    )
     chat_template_options: dict[str, str | int | float | bool | None] = Field(
         default_factory=dict[str, "str | int | float | bool | None"],
         description="for the chat template, e.g. enable_thinking",
@@ -51,7 +53,8 @@ def template_fields(template: str) -> tuple[str, ...]:
 def render_prompt(row: Mapping[str, Any], tokenizer: Tokenizer, spec: RenderSpec) -> tuple[str, Tokens]:
     """The prompt's text and tokens (int32, length T).
 
-    Messages go through the chat template with the generation prompt; text is taken verbatim, then `suffix`.
+    Messages go through the chat template with the row's tools and the generation prompt; text is taken verbatim, then
+    `suffix`.
 
     Raises:
         DataError: the row lacks a field, or the field is neither text nor messages.
@@ -65,51 +68,17 @@ def render_prompt(row: Mapping[str, Any], tokenizer: Tokenizer, spec: RenderSpec
         messages = content if not isinstance(content, str) else [{"role": "user", "content": content + spec.suffix}]
         if spec.system is not None:
             messages = [{"role": "system", "content": spec.system}, *messages]
-        text = chat_text(messages, tokenizer, add_generation_prompt=True, options=spec.chat_template_options)
+        options, tools = spec.chat_template_options, row_tools(row, spec)
+        text = chat_text(messages, tokenizer, add_generation_prompt=True, options=options, tools=tools)
         tokens = tokenizer.encode(text, add_special_tokens=False)
     if not tokens:
-        raise DataError(f"the prompt is empty: row {_shown(row)}")
+        raise DataError(f"the prompt is empty: row {shown(row)}")
     return text, np.asarray(tokens, dtype=np.int32)
-
-
-def chat_text(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool, options: Mapping[str, Any]
-) -> str:
-    """Messages as the tokenizer's chat template writes them.
-
-    Raises:
-        ModelError: the tokenizer has no chat template.
-        DataError: the template refuses the messages (the order of roles, a missing key).
-    """
-    if getattr(tokenizer, "chat_template", "unknown") is None:
-        raise ModelError("the tokenizer has no chat template; use text prompts, or give it one (chat_template.jinja)")
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **options,
-            )
-        )
-    except Exception as error:  # templates raise whatever they like (jinja2 errors, KeyError, TypeError)
-        roles = ", ".join(str(message.get("role", "?")) for message in messages)
-        raise DataError(f"the chat template refuses messages with roles [{roles}]: {error}") from error
 
 
 def completion_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
     """What the policy said: sampled tokens as text, without special tokens."""
     return tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
-
-
-def check_messages(value: Any, what: str) -> list[Message]:
-    """`value` as messages. Raises `DataError` naming `what` and the item."""
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
-        raise DataError(f"{what} must be a list of messages with role and content, not {_shown(value)}")
-    for index, message in enumerate(value):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise DataError(f"{what}[{index}] must be a message with role and content, not {_shown(message)}")
-    return list(value)
 
 
 def row_field(row: Mapping[str, Any], name: str) -> Any:
@@ -119,13 +88,13 @@ def row_field(row: Mapping[str, Any], name: str) -> Any:
     return row[name]
 
 
+def row_tools(row: Mapping[str, Any], spec: RenderSpec) -> tuple[Tool, ...]:
+    """The tools that a row offers; none where it has no such field. Raises `DataError`: they are no list of schemas."""
+    return check_tools(row.get(spec.tools_field), f"row field {spec.tools_field!r}")
+
+
 def _content(row: Mapping[str, Any], spec: RenderSpec) -> str | list[Message]:
     if spec.template is not None:
         return spec.template.format_map({name: row_field(row, name) for name in template_fields(spec.template)})
     value = row_field(row, spec.prompt_field)
     return value if isinstance(value, str) else check_messages(value, f"row field {spec.prompt_field!r}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:197] + "..."

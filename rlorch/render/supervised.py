@@ -16,10 +16,19 @@ import numpy as np
 
 from rlorch.errors import DataError
 from rlorch.ports import Tokenizer
-from rlorch.render.prompt import Message, RenderSpec, chat_text, check_messages, render_prompt, row_field
+from rlorch.render.chat import Message, Tool, chat_text, check_messages
+from rlorch.render.prompt import RenderSpec, render_prompt, row_field, row_tools
 from rlorch.types import Datum, Floats, Tokens
 
 TrainOn = Literal["last_assistant", "all_assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages to learn from, and the tools that were offered in them."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,31 +39,29 @@ class Supervised:
     weights_T: Floats
 
 
-def supervised_example(row: Mapping[str, Any], spec: RenderSpec) -> Sequence[Message] | tuple[str, str]:
+def supervised_example(row: Mapping[str, Any], spec: RenderSpec) -> Conversation | tuple[str, str]:
     """What a row demonstrates: `messages`, or `prompt` and `completion` (both text or both messages).
 
     Raises:
-        DataError: the row has neither, or the two are of different kinds.
+        DataError: the row has neither, or the two are of different kinds; or its tools are no list of schemas.
     """
     if "messages" in row:
-        return check_messages(row["messages"], "row field 'messages'")
+        return _conversation(check_messages(row["messages"], "row field 'messages'"), row, spec)
     completion = row_field(row, "completion")
     if not isinstance(completion, str):
         prompt = check_messages(row_field(row, spec.prompt_field), f"row field {spec.prompt_field!r}")
-        return [*prompt, *check_messages(completion, "row field 'completion'")]
+        return _conversation([*prompt, *check_messages(completion, "row field 'completion'")], row, spec)
     if spec.template is not None:
         raise DataError("render.template is for prompts without a completion; put the whole prompt in the row")
     prompt = row_field(row, spec.prompt_field)
-    if not isinstance(prompt, str):
-        return [
-            *check_messages(prompt, f"row field {spec.prompt_field!r}"),
-            {"role": "assistant", "content": completion},
-        ]
-    return prompt, completion
+    if isinstance(prompt, str):
+        return prompt, completion
+    asked = check_messages(prompt, f"row field {spec.prompt_field!r}")
+    return _conversation([*asked, {"role": "assistant", "content": completion}], row, spec)
 
 
 def render_supervised(
-    example: Sequence[Message] | tuple[str, str],
+    example: Conversation | Sequence[Message] | tuple[str, str],
     tokenizer: Tokenizer,
     train_on: TrainOn = "last_assistant",
     spec: RenderSpec | None = None,
@@ -71,7 +78,8 @@ def render_supervised(
     spec = spec or RenderSpec()
     if isinstance(example, tuple) and all(isinstance(part, str) for part in example):
         return _pair(str(example[0]), str(example[1]), tokenizer, spec)
-    messages = check_messages(example, "the example")
+    conversation = example if isinstance(example, Conversation) else Conversation(tuple(example))  # type: ignore[arg-type]
+    messages = check_messages(conversation.messages, "the example")
     if spec.system is not None:
         messages = [{"role": "system", "content": spec.system}, *messages]
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -79,7 +87,7 @@ def render_supervised(
         raise DataError("the example has no assistant message to learn from")
     if train_on == "last_assistant":
         turns = turns[-1:]
-    return _join(_pieces(messages, turns, tokenizer, spec), tokenizer)
+    return _join(_pieces(Conversation(tuple(messages), conversation.tools), turns, tokenizer, spec), tokenizer)
 
 
 def to_datum(tokens_T: Tokens, weights_T: Floats) -> Datum:
@@ -104,17 +112,29 @@ def _pair(prompt: str, completion: str, tokenizer: Tokenizer, spec: RenderSpec) 
     return Supervised(np.concatenate([prompt_T, np.asarray(answer, np.int32)]), weights_T)
 
 
+def _conversation(messages: Sequence[Message], row: Mapping[str, Any], spec: RenderSpec) -> Conversation:
+    return Conversation(tuple(messages), row_tools(row, spec))
+
+
 def _pieces(
-    messages: Sequence[Message], turns: Sequence[int], tokenizer: Tokenizer, spec: RenderSpec
+    conversation: Conversation, turns: Sequence[int], tokenizer: Tokenizer, spec: RenderSpec
 ) -> list[tuple[str, bool]]:
     """The rendered conversation cut into (text, trained on), up to the end of the last turn of `turns`."""
-    options = spec.chat_template_options
-    whole = chat_text(messages[: turns[-1] + 1], tokenizer, add_generation_prompt=False, options=options)
+
+    def text(num_messages: int, *, prompt: bool) -> str:
+        return chat_text(
+            conversation.messages[:num_messages],
+            tokenizer,
+            add_generation_prompt=prompt,
+            options=spec.chat_template_options,
+            tools=conversation.tools,
+        )
+
+    whole = text(turns[-1] + 1, prompt=False)
     pieces: list[tuple[str, bool]] = []
     done = 0
     for turn in turns:
-        prompt = chat_text(messages[:turn], tokenizer, add_generation_prompt=True, options=options)
-        upto = chat_text(messages[: turn + 1], tokenizer, add_generation_prompt=False, options=options)
+        prompt, upto = text(turn, prompt=True), text(turn + 1, prompt=False)
         if not (whole.startswith(upto) and upto.startswith(prompt)):
             first = prompt if not whole.startswith(prompt) else upto
             raise DataError(

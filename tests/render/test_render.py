@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from rlorch.errors import DataError, ModelError
 from rlorch.render import (
+    Conversation,
     RenderSpec,
     completion_text,
     render_observation,
@@ -226,7 +227,8 @@ def test_an_example_without_an_assistant_is_refused() -> None:
 )
 def test_rows_of_messages_become_one_conversation(row: dict[str, Any], roles: list[str]) -> None:
     example = supervised_example(row, RenderSpec())
-    assert [message["role"] for message in example] == roles  # type: ignore[index]
+    assert isinstance(example, Conversation)
+    assert [message["role"] for message in example.messages] == roles
 
 
 def test_rows_of_text_become_a_pair_and_bad_rows_are_named() -> None:
