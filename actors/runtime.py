@@ -17,9 +17,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rlorch.errors import PlacementError
 from rlorch.placement import Assignment, Devices, Gpu, Plan
 from rlorch.ports import Tokenizer, WeightStore
-from rlorch.specs import RuntimeSpec
+from rlorch.specs import Ranks, RuntimeSpec
 from rlorch.weights.store import FileWeightStore
 
+from .ranks import RemoteRanks
 from .remote import Remote
 from .reward import RayRewardWorker, RewardActor
 from .sampler import MAX_CONCURRENCY, RaySampler, SamplerActor
@@ -112,7 +113,7 @@ class RayRuntime:
         self._spec = spec
         self._assignments = {assignment.name: assignment for assignment in plan.assignments}
         self._store = FileWeightStore(Path(spec.run_dir) / "weights", spec.weights)
-        self._remotes: dict[str, Remote] = {}
+        self._remotes: dict[str, Remote | RemoteRanks] = {}
 
     def tokenizer(self) -> Tokenizer:
         """See `Runtime.tokenizer`."""
@@ -126,15 +127,11 @@ class RayRuntime:
 
     async def trainer(self) -> RayTrainer:
         """See `Runtime.trainer`."""
-        place = self._assignments["trainer"]
-        remote = await self._start(TrainerActor, place, self._spec, place.threads)
-        return RayTrainer(remote)
+        return RayTrainer(await self._start_ranks(TrainerActor, "trainer"))
 
     async def reference(self) -> RayReference:
         """See `Runtime.reference`."""
-        place = self._assignments["reference"]
-        remote = await self._start(ReferenceActor, place, self._spec, place.threads)
-        return RayReference(remote)
+        return RayReference(await self._start_ranks(ReferenceActor, "reference"))
 
     async def sampler(self, name: str) -> RaySampler:
         """See `Runtime.sampler`."""
@@ -164,14 +161,29 @@ class RayRuntime:
         await self.release(place.name)
         handle = actor.options(**_options(place)).remote()
         remote = self._remotes[place.name] = Remote(place.name, handle)
-        log_path = Path(self._spec.run_dir) / "logs" / f"{place.name}.log"
-        await remote.call(
-            "start",
-            *args,
-            timeout_s=self._spec.sampler.start_timeout_s,
-            hint=f"it did not start; {log_path} says how far it came, `rlorch check` what this machine has",
-        )
+        await remote.call("start", *args, timeout_s=self._spec.sampler.start_timeout_s, hint=self._hint(place.name))
         return remote
+
+    async def _start_ranks(self, actor: ActorClass, role: str) -> Remote | RemoteRanks:
+        """Start all processes of a role; several of them meet at the first one's node."""
+        places = [place for place in self._assignments.values() if place.role == role]
+        if len(places) == 1:
+            return await self._start(actor, places[0], role, self._spec, places[0].threads, Ranks())
+        await self.release(role)
+        remotes = [Remote(place.name, actor.options(**_options(place)).remote()) for place in places]
+        ranks = self._remotes[role] = RemoteRanks(role, remotes)
+        timeout_s = self._spec.sampler.start_timeout_s
+        meeting = await remotes[0].call("meeting_point", timeout_s=timeout_s, hint=self._hint(places[0].name))
+        starts = [
+            (place.name, self._spec, place.threads, Ranks(rank=rank, world=len(places), init_method=meeting))
+            for rank, place in enumerate(places)
+        ]
+        await ranks.call_each("start", starts, timeout_s=timeout_s, hint=self._hint(f"{role}-*"))
+        return ranks
+
+    def _hint(self, name: str) -> str:
+        log_path = Path(self._spec.run_dir) / "logs" / f"{name}.log"
+        return f"it did not start; {log_path} says how far it came, `rlorch check` what this machine has"
 
 
 def _options(place: Assignment) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The policy trainer and the reference as Ray actors, and the ports in front of them."""
+"""The policy trainer and the reference as Ray actors, and the ports in front of them. Each may have several ranks."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 import ray
 
 from rlorch.local import LocalReference, LocalTrainer
-from rlorch.specs import RuntimeSpec
+from rlorch.specs import Ranks, RuntimeSpec
 from rlorch.types import AdamParams, Datum, Floats, ForwardResult, LossSpec, Manifest, Normalization, StepResult
 from rlorch.weights.store import FileWeightStore
 
 from .process import prepare
+from .ranks import RemoteRanks, meeting_point
 from .remote import Remote
 
 CALL_TIMEOUT_S = 3600.0  # one call on a large model with a long batch; the coordinator's own deadlines are tighter
@@ -19,13 +20,17 @@ FILE_TIMEOUT_S = 1800.0  # export, save and load, to a network file system
 
 @ray.remote
 class TrainerActor:
-    """Hosts a `LocalTrainer`."""
+    """Hosts a `LocalTrainer`, or one rank of it."""
 
-    async def start(self, spec: RuntimeSpec, threads: int) -> None:
+    async def meeting_point(self) -> str:
+        """Where the ranks can meet when this one is rank 0."""
+        return meeting_point()
+
+    async def start(self, name: str, spec: RuntimeSpec, threads: int, ranks: Ranks) -> None:
         """Load the model."""
-        prepare("trainer", spec.run_dir, threads)
+        prepare(name, spec.run_dir, threads)
         store = FileWeightStore(Path(spec.run_dir) / "weights", spec.weights)
-        self._role = await LocalTrainer.start(spec.model, spec.trainer, spec.weights, store)
+        self._role = await LocalTrainer.start(spec.model, spec.trainer, spec.weights, store, ranks)
 
     async def forward(self, datums: Sequence[Datum]) -> ForwardResult:
         """One hop."""
@@ -62,12 +67,16 @@ class TrainerActor:
 
 @ray.remote
 class ReferenceActor:
-    """Hosts a `LocalReference`."""
+    """Hosts a `LocalReference`, or one rank of it."""
 
-    async def start(self, spec: RuntimeSpec, threads: int) -> None:
+    async def meeting_point(self) -> str:
+        """Where the ranks can meet when this one is rank 0."""
+        return meeting_point()
+
+    async def start(self, name: str, spec: RuntimeSpec, threads: int, ranks: Ranks) -> None:
         """Load the model."""
-        prepare("reference", spec.run_dir, threads)
-        self._role = await LocalReference.start(spec.reference_model or spec.model, spec.trainer)
+        prepare(name, spec.run_dir, threads)
+        self._role = await LocalReference.start(spec.reference_model or spec.model, spec.trainer, ranks)
 
     async def logprobs(self, datums: Sequence[Datum]) -> tuple[Floats, ...]:
         """One hop."""
@@ -79,9 +88,9 @@ class ReferenceActor:
 
 
 class RayTrainer:
-    """The Trainer port over a `TrainerActor`. Its calls run in the order they were made."""
+    """The Trainer port over a `TrainerActor`, or over one per rank. Its calls run in the order they were made."""
 
-    def __init__(self, remote: Remote) -> None:
+    def __init__(self, remote: Remote | RemoteRanks) -> None:
         self._remote = remote.ordered()
 
     async def forward(self, datums: Sequence[Datum]) -> ForwardResult:
@@ -118,9 +127,9 @@ class RayTrainer:
 
 
 class RayReference:
-    """The Reference port over a `ReferenceActor`."""
+    """The Reference port over a `ReferenceActor`, or over one per rank."""
 
-    def __init__(self, remote: Remote) -> None:
+    def __init__(self, remote: Remote | RemoteRanks) -> None:
         self._remote = remote
 
     async def logprobs(self, datums: Sequence[Datum]) -> tuple[Floats, ...]:

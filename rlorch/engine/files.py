@@ -95,8 +95,8 @@ def write_stream(
             assert key == expected, f"{key} came where {expected} was announced"
             part[key] = tensor.detach().cpu().contiguous()
         metadata = {"format": "pt"}
-        if pieces is not None:
-            metadata[PIECES] = json.dumps({key: pieces[key] for key in keys if key in pieces})
+        if pieces is not None:  # one key: safetensors writes several in random order
+            metadata = {PIECES: json.dumps({key: pieces[key] for key in keys if key in pieces}, sort_keys=True)}
         with storing(directory / name, "write"):
             save_file(part, directory / name, metadata=metadata)
             _sync(directory / name)

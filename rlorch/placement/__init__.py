@@ -2,7 +2,8 @@
 
 * No GPU: a sampler gets `sampler.threads` cores, the trainer the rest and at least one.
 * One GPU: the trainer and one sampler share it; the sampler's memory fraction is lowered to what the trainer leaves.
-* Several: the trainer has the first to itself, each sampler `tensor_parallel` of the others, on one node.
+* Several: the trainer has the first to itself (`trainer.ranks` of them, one per rank, on one node where one has that
+  many), each sampler `tensor_parallel` of the others, on one node.
 * The reference runs where the trainer runs. Reward workers reserve nothing.
 
 Reservations always fit the machine, so that a scheduler can honour them: more roles than cores share them by

@@ -83,13 +83,15 @@ class _Planner:
         self._devices = devices
         self._spec = spec
         self._model = model
+        self._ranks = spec.trainer.ranks
         self._samplers = spec.sampler.replicas if "sampler" in spec.roles else 0
         self._trainer_on_gpu = "trainer" in spec.roles and self._wants_gpu("trainer", spec.trainer.device)
         self._samplers_on_gpu = self._samplers > 0 and self._wants_gpu("sampler", spec.sampler.device)
         self._memory_fraction: float | None = None
 
     def plan(self) -> Plan:
-        shared = self._trainer_on_gpu and self._samplers_on_gpu and len(self._devices.gpus) == 1
+        on_gpu = self._trainer_on_gpu and self._samplers_on_gpu
+        shared = on_gpu and len(self._devices.gpus) == 1 and self._ranks == 1
         gpus = self._shared_gpu() if shared else self._split_gpus()
         assignments = self._processes(gpus, shared)
         if not self._trainer_on_gpu and not self._samplers_on_gpu:
@@ -141,11 +143,12 @@ class _Planner:
         return fraction
 
     def _split_gpus(self) -> dict[str, tuple[Gpu, ...]]:
-        """The trainer's GPU, then `tensor_parallel` of one node for each sampler."""
+        """One GPU for each rank of the trainer, then `tensor_parallel` of one node for each sampler."""
         placed: dict[str, tuple[Gpu, ...]] = {}
         free = list(self._devices.gpus)
         if self._trainer_on_gpu:
-            placed["trainer"] = (free.pop(0),)
+            placed["trainer"] = self._trainer_gpus()
+            free = [gpu for gpu in free if gpu not in placed["trainer"]]
         if not self._samplers_on_gpu:
             return placed
         size = self._spec.sampler.tensor_parallel
@@ -163,11 +166,26 @@ class _Planner:
         placed |= {f"sampler-{index}": gpus for index, gpus in zip(range(self._samplers), sets, strict=False)}
         return placed
 
+    def _trainer_gpus(self) -> tuple[Gpu, ...]:
+        """`trainer.ranks` GPUs, on one node where one has that many."""
+        gpus = self._devices.gpus
+        if len(gpus) < self._ranks:
+            self.problems.append(
+                f"trainer.ranks = {self._ranks} takes one GPU each; there are {len(gpus)}: set trainer.ranks to at "
+                f"most {max(len(gpus) - (1 if self._samplers_on_gpu else 0), 1)}"
+            )
+        enough = [of_node for of_node in _by_node(gpus).values() if len(of_node) >= self._ranks]
+        if not enough and len(gpus) >= self._ranks:
+            self._notes.append(f"the trainer's {self._ranks} ranks span nodes: gradients cross the network")
+        return tuple((enough[0] if enough else list(gpus))[: self._ranks])
+
     def _too_few_gpus(self, free: Sequence[Gpu], room: int) -> None:
         size = self._spec.sampler.tensor_parallel
         per_node = " + ".join(str(len(of_node)) for of_node in _by_node(free).values()) or "0"
         after = " after the trainer's" if self._trainer_on_gpu else ""
         fix = f"set sampler.replicas={room}" if room else f"set sampler.tensor_parallel to at most {len(free)}"
+        if not free and self._ranks > 1:
+            fix = f"lower trainer.ranks = {self._ranks}"
         self.problems.append(
             f"sampler.replicas = {self._samplers} with tensor_parallel = {size} needs {self._samplers * size} GPUs; "
             f"{per_node} are left{after} (a replica stays on one node): {fix}, or add GPUs"
@@ -177,11 +195,13 @@ class _Planner:
         if self._model is None:
             return
         if own := gpus.get("trainer"):
-            needed, gpu = self._training_bytes(self._model) / GIB, own[0]
+            needed, gpu = self._training_bytes(self._model) / GIB, min(own, key=lambda gpu: gpu.memory_gib)
             if needed > (1 - FREE_FRACTION) * gpu.memory_gib:
+                each = f" on each of {self._ranks} GPUs" if self._ranks > 1 else ""
                 self.problems.append(
-                    f"training {_params(self._model)} parameters takes {needed:.1f} GiB; GPU {gpu.index} ({gpu.name}) "
-                    f"has {gpu.memory_gib:.1f} GiB, of which {FREE_FRACTION:.0%} stays free: take a smaller model"
+                    f"training {_params(self._model)} parameters takes {needed:.1f} GiB{each}; GPU {gpu.index} "
+                    f"({gpu.name}) has {gpu.memory_gib:.1f} GiB, of which {FREE_FRACTION:.0%} stays free: take a "
+                    "smaller model, or more GPUs with trainer.ranks"
                 )
         sampler = self._spec.sampler
         for name, own in gpus.items():
@@ -195,9 +215,11 @@ class _Planner:
                 return
 
     def _training_bytes(self, model: ModelSize) -> int:
-        total = trainer_bytes(model, self._spec.trainer, on_gpu=self._trainer_on_gpu)
+        """What one rank of trainer and reference takes: its share of the weights and a chunk of logits."""
+        share = replace(model, num_params=-(-model.num_params // self._ranks))
+        total = trainer_bytes(share, self._spec.trainer, on_gpu=self._trainer_on_gpu)
         if "reference" in self._spec.roles:
-            total += reference_bytes(model, self._spec.trainer, on_gpu=self._trainer_on_gpu)
+            total += reference_bytes(share, self._spec.trainer, on_gpu=self._trainer_on_gpu)
         return total
 
     # --- cores --------------------------------------------------------------------------------------------
@@ -213,7 +235,9 @@ class _Planner:
             own = gpus.get("trainer", ())
             fraction = ((1 - part) if shared else 1.0) / (2 if has_reference else 1) if own else 0.0
             cpus = trainer_threads * share if role == "trainer" else 0.0
-            made.append(_assignment(role, role, own, fraction, cpus, trainer_threads))
+            for rank in range(self._ranks):
+                name = role if self._ranks == 1 else f"{role}-{rank}"
+                made.append(_assignment(role, name, own[rank : rank + 1], fraction, cpus, trainer_threads))
         for index in range(self._samplers):
             own = gpus.get(f"sampler-{index}", ())
             cpus = sampler_threads * share
@@ -224,12 +248,12 @@ class _Planner:
         return made
 
     def _threads(self) -> tuple[int, int, float]:
-        """Threads of the trainer and of one sampler, and how much of a core each of them reserves."""
+        """Threads of one rank of the trainer and of one sampler, and how much of a core each of them reserves."""
         cores, spec = max(self._devices.cpus, 1), self._spec
         per_node = max(cores // max(self._devices.nodes, 1), 1)
         sampler = min(spec.sampler.threads, per_node)
         sampling = self._samplers * sampler
-        rest = max(min(cores - sampling, per_node), 1)
+        rest = max(min((cores - sampling) // self._ranks, per_node), 1)
         if self._trainer_on_gpu:
             rest = min(rest, MAX_GPU_TRAINER_THREADS)
         trainer = min(spec.trainer.threads or rest, per_node) if "trainer" in spec.roles else 0
@@ -239,7 +263,7 @@ class _Planner:
         ):
             if wanted > got > 0:
                 self._notes.append(f"{key} = {wanted} is lowered to the {got} cores of a node")
-        wanted = sampling + trainer
+        wanted = sampling + trainer * self._ranks
         if wanted > cores:
             self._notes.append(
                 f"{wanted} threads of trainer and samplers share {cores} cores: expect them to wait for each other; "
@@ -251,7 +275,7 @@ class _Planner:
         if self._model is None or not self._devices.memory_gib or self._devices.nodes > 1:
             return
         spec, cache = self._spec, self._spec.sampler.cpu_kv_cache_gib
-        training = self._training_bytes(self._model) / GIB if "trainer" in spec.roles else 0.0
+        training = self._ranks * self._training_bytes(self._model) / GIB if "trainer" in spec.roles else 0.0
         one = replace(self._model, kv_bytes_per_token=0)
         sampling = self._samplers * (sampler_bytes(one, spec.trainer, spec.sampler) / GIB + cache)
         if training + sampling > self._devices.memory_gib:

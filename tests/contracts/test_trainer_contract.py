@@ -14,8 +14,8 @@ from rlorch.specs import RuntimeSpec, TrainerSpec
 pytestmark = pytest.mark.engine
 
 
-def runtime_spec(model: Path, run_dir: Path) -> RuntimeSpec:
-    trainer = TrainerSpec(compute_dtype="float32", threads=1)
+def runtime_spec(model: Path, run_dir: Path, ranks: int = 1) -> RuntimeSpec:
+    trainer = TrainerSpec(compute_dtype="float32", threads=1, ranks=ranks, collective_timeout_s=60)
     return RuntimeSpec(model=str(model), run_dir=str(run_dir), trainer=trainer, roles=("trainer",))
 
 
@@ -48,13 +48,23 @@ class TestLocalTrainer(OnRuntime):
         return LocalRuntime(runtime_spec(tiny_model, tmp_path_factory.mktemp("local")))
 
 
+def ray_runtime(spec: RuntimeSpec) -> Runtime:
+    from actors.runtime import RayRuntime, devices
+    from rlorch.placement import adjusted, make_plan
+
+    plan = make_plan(devices(), spec)
+    return RayRuntime(adjusted(spec, plan), plan)
+
+
 @pytest.mark.ray
 class TestRayTrainer(OnRuntime):
     @pytest.fixture(scope="class")
     def runtime(self, cluster: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-        from actors.runtime import RayRuntime, devices
-        from rlorch.placement import adjusted, make_plan
+        return ray_runtime(runtime_spec(tiny_model, tmp_path_factory.mktemp("ray")))
 
-        spec = runtime_spec(tiny_model, tmp_path_factory.mktemp("ray"))
-        plan = make_plan(devices(), spec)
-        return RayRuntime(adjusted(spec, plan), plan)
+
+@pytest.mark.ray
+class TestRayTrainerOfTwoRanks(OnRuntime):
+    @pytest.fixture(scope="class")
+    def runtime(self, cluster: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+        return ray_runtime(runtime_spec(tiny_model, tmp_path_factory.mktemp("ray-ranks"), ranks=2))

@@ -66,6 +66,7 @@ def refusal(*args: Any) -> str:
     trainer_device=st.sampled_from(["auto", "cpu", "cuda"]),
     sampler_device=st.sampled_from(["auto", "cpu"]),
     reference=st.booleans(),
+    ranks=st.integers(1, 4),
 )
 def test_a_plan_never_promises_what_there_is_not(
     gpus: int,
@@ -78,10 +79,11 @@ def test_a_plan_never_promises_what_there_is_not(
     trainer_device: str,
     sampler_device: str,
     reference: bool,
+    ranks: int,
 ) -> None:
     devices = machine(gpus, cpus=cpus, per_node=per_node)
     wanted = spec(
-        trainer=TrainerSpec(device=trainer_device, threads=trainer_threads),
+        trainer=TrainerSpec(device=trainer_device, threads=trainer_threads, ranks=ranks),
         roles=("trainer", *(("reference",) if reference else ()), "sampler", "reward"),
         replicas=replicas,
         tensor_parallel=tensor_parallel,
@@ -93,7 +95,10 @@ def test_a_plan_never_promises_what_there_is_not(
     except PlacementError:
         assert gpus or trainer_device == "cuda"
         return
-    names = ["trainer", *(["reference"] if reference else []), *(f"sampler-{i}" for i in range(replicas)), "reward-0"]
+    trained = ["trainer", "reference"] if reference else ["trainer"]
+    if ranks > 1:
+        trained = [f"{role}-{rank}" for role in trained for rank in range(ranks)]
+    names = [*trained, *(f"sampler-{i}" for i in range(replicas)), "reward-0"]
     assert [assignment.name for assignment in plan.assignments] == names
     assert sum(assignment.cpus for assignment in plan.assignments) <= cpus + 1e-9
     taken: Counter[int] = Counter()
@@ -103,6 +108,8 @@ def test_a_plan_never_promises_what_there_is_not(
         assert all(devices.gpus[index].node == assignment.node for index in assignment.gpus)
         if assignment.role == "sampler" and assignment.gpus:
             assert len(assignment.gpus) == tensor_parallel
+        if assignment.role == "trainer" and assignment.gpus:
+            assert len(assignment.gpus) == 1
         for index in assignment.gpus:
             taken[index] += round(assignment.gpu_fraction * 10_000)
     assert all(total <= 10_000 for total in taken.values())
@@ -244,3 +251,31 @@ def test_the_table_shows_every_process_and_note() -> None:
     assert text[2].split() == ["process", "device", "cores", "threads"]
     assert text[3].split() == ["trainer", "gpu", "0", "(H100)", "8", "8"]
     assert text[5].split() == ["reward-0", "cpu", "shared", "1"]
+
+
+def test_ranks_of_the_trainer_take_a_gpu_each_on_one_node() -> None:
+    plan = make_plan(machine(6, per_node=3), spec(trainer=TrainerSpec(ranks=2), replicas=4))
+    gpus = [by_name(plan)[name].gpus for name in ("trainer-0", "trainer-1", "sampler-0", "sampler-3")]
+    assert gpus == [(0,), (1,), (2,), (5,)]
+    assert "trainer-1" in render(plan, machine(6, per_node=3))
+    spread = make_plan(machine(4, per_node=2), spec(trainer=TrainerSpec(ranks=3), replicas=1))
+    assert any("span nodes" in note for note in spread.notes)
+
+
+def test_ranks_share_the_memory_of_a_model_that_one_gpu_cannot_train() -> None:
+    devices = machine(4, gib=80)
+    refused = refusal(devices, spec(), SEVEN_B)
+    assert "more GPUs with trainer.ranks" in refused
+    plan = make_plan(devices, spec(trainer=TrainerSpec(ranks=3)), SEVEN_B)
+    assert [assignment.gpus for assignment in plan.assignments if assignment.role == "trainer"] == [(0,), (1,), (2,)]
+
+
+def test_too_many_ranks_are_refused_with_the_number_that_fits() -> None:
+    assert "set trainer.ranks to at most 1" in refusal(machine(2), spec(trainer=TrainerSpec(ranks=4)))
+    assert "lower trainer.ranks = 2" in refusal(machine(2), spec(trainer=TrainerSpec(ranks=2)))
+
+
+def test_ranks_without_a_gpu_share_the_cores() -> None:
+    plan = make_plan(machine(0, cpus=9), spec(trainer=TrainerSpec(ranks=3)))
+    assert [assignment.threads for assignment in plan.assignments if assignment.role == "trainer"] == [2, 2, 2]
+    assert adjusted(spec(), plan).trainer.threads == 2
