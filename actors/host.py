@@ -48,42 +48,41 @@ class HostActor:
 
     async def open(self, model: ModelSpec) -> int:
         """One hop."""
-        return await self._host.open(model)
+        return await self._hosted().open(model)
 
     async def close_model(self, model: str) -> None:
         """One hop."""
-        await self._host.close_model(model)
+        await self._hosted().close_model(model)
 
     async def forward(self, model: str, datums: Sequence[Datum], top_k: int) -> ForwardResult:
         """One hop."""
-        return await self._host.forward(model, datums, top_k)
+        return await self._hosted().forward(model, datums, top_k)
 
     async def forward_backward(self, model: str, datums: Sequence[Datum], loss: LossSpec) -> ForwardResult:
         """One hop."""
-        return await self._host.forward_backward(model, datums, loss)
+        return await self._hosted().forward_backward(model, datums, loss)
 
     async def optim_step(self, model: str, adam: AdamParams, normalization: Normalization) -> StepResult:
         """One hop."""
-        return await self._host.optim_step(model, adam, normalization)
+        return await self._hosted().optim_step(model, adam, normalization)
 
     async def export(self, model: str, kind: str, number: int) -> Manifest:
         """One hop."""
-        return await self._host.export(model, kind, number)
+        return await self._hosted().export(model, kind, number)
 
     async def published(self, model: str, number: int) -> None:
         """One hop."""
-        await self._host.published(model, number)
+        await self._hosted().published(model, number)
 
     async def save(self, model: str, what: SaveKind, path: str) -> Mapping[str, str]:
         """One hop."""
-        return await self._host.save(model, what, path)
+        return await self._hosted().save(model, what, path)
 
     async def load(self, model: str, what: LoadKind, path: str) -> int:
         """One hop."""
-        return await self._host.load(model, what, path)
+        return await self._hosted().load(model, what, path)
 
-    @property
-    def _host(self) -> LocalTrainerHost:
+    def _hosted(self) -> LocalTrainerHost:
         assert self._role is not None, "start comes first"
         return self._role
 

@@ -57,11 +57,16 @@ def connect(address: str | None) -> None:
             ) from error
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # 30 are too few where others keep the cores busy
         ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **options)
 
 
 def _check_reachable(address: str) -> None:
-    """Refuse a host:port where nobody listens: Ray itself retries for minutes."""
+    """Refuse a host:port where nobody listens: Ray itself retries for minutes. "auto" is the address that `ray start`
+    left on this machine, which outlives a cluster that was killed."""
+    if address == "auto":
+        note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+        address = os.environ.get("RAY_ADDRESS") or (note.read_text().strip() if note.is_file() else "")
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
         return
