@@ -162,7 +162,8 @@ class DeploymentLife:
         self._kicks: Watched[int] = Watched(0)
         self._ending: Watched[bool] = Watched(False)
         self._slots: dict[int, _Slot] = {}
-        self._given_up: dict[int, str] = {}
+        self._ceiling: int | None = None  # replicas that there is room for, once one more was refused
+        self._found: frozenset[int] = frozenset()
         self._turn: Watched[int] = Watched(0)
 
     @property
@@ -231,9 +232,9 @@ class DeploymentLife:
     # --- what it is told ----------------------------------------------------------------------------------
 
     def configure(self, config: DeploymentConfig) -> None:
-        """Take new settings; replicas that were given up get another chance."""
+        """Take new settings; replicas that there was no room for get another chance."""
         self.deployment = replace(self.deployment, config=config)
-        self._given_up.clear()
+        self._ceiling = None
         self._load_changed()
         self.note()
 
@@ -325,13 +326,13 @@ class DeploymentLife:
         except RlorchError as error:
             raise _FatalError(error) from error
         self.note()
-        for index in range(self.desired, self.config.max_replicas):
-            await self._stop(f"{self.id}.{index}")  # left by a service that died between two sentences
+        await self._find()
         while True:
             kicks, before = self._kicks.value, self.desired
             self._scaler.decide(asyncio.get_running_loop().time(), self._load(), self._limits())
             if self.desired != before:
                 _log.info("deployment %s: %d replicas, were %d", self.id, self.desired, before)
+                self._ceiling = None
             self._fit(tasks)
             if self.desired != before:
                 await self._save()
@@ -341,14 +342,31 @@ class DeploymentLife:
             except TimeoutError:
                 continue
 
+    async def _find(self) -> None:
+        """See which replicas run already; end those that are too many."""
+        found: list[int] = []
+        for index in range(max(self.config.max_replicas, self.desired)):
+            name = f"{self.id}.{index}"
+            try:
+                async with deadline(STOP_TIMEOUT_S, f"replica {name} was not looked up"):
+                    if await self._cluster.find_sampler(name) is not None:
+                        found.append(index)
+            except RlorchError as error:
+                _log.warning("%s", error)
+        for index in found[self.desired :]:
+            await self._stop(f"{self.id}.{index}")
+        self._found = frozenset(found[: self.desired])
+
     def _fit(self, tasks: asyncio.TaskGroup) -> None:
-        for index in range(self.desired):
-            if index not in self._slots and index not in self._given_up:
-                slot = self._slots[index] = _Slot(index, f"{self.id}.{index}")
-                tasks.create_task(self._keep(slot), name=slot.name)
-        for index, slot in self._slots.items():
-            if index >= self.desired:
-                slot.stopping.set(True)
+        wanted = self.desired if self._ceiling is None else min(self.desired, self._ceiling)
+        staying = [slot for _, slot in sorted(self._slots.items()) if not slot.stopping.value]
+        for slot in staying[wanted:]:
+            slot.stopping.set(True)
+        free = sorted({*range(self.config.max_replicas), *range(self.desired)} - self._slots.keys(),
+                      key=lambda index: (index not in self._found, index))  # fmt: skip
+        for index in free[: max(wanted - len(staying), 0)]:
+            slot = self._slots[index] = _Slot(index, f"{self.id}.{index}")
+            tasks.create_task(self._keep(slot), name=slot.name)
 
     def _load(self) -> ScaleLoad:
         ready = self.ready()
@@ -393,9 +411,10 @@ class DeploymentLife:
         loop = asyncio.get_running_loop()
         slot.strikes = 1 if loop.time() - began >= STABLE_S else slot.strikes + 1
         if isinstance(cause, UserError) or slot.strikes > MAX_RESTARTS:
-            if not self.ready():
+            others = sum(other is not slot and not other.stopping.value for other in self._slots.values())
+            if not others:
                 raise _FatalError(cause)
-            self._given_up[slot.index] = str(cause)
+            self._ceiling = others
             _log.error("replica %s is given up, the others go on: %s", slot.name, cause)
             return False
         _log.warning("replica %s is lost and starts again (%d): %s", slot.name, slot.strikes, cause)

@@ -31,7 +31,9 @@ class Tasks:
         if self._group is None:
             work.close()
             raise InvariantError(f"{name} was begun before start or after close")
-        return self._group.create_task(_contained(name, work), name=name)
+        task = self._group.create_task(_contained(name, work), name=name)
+        task.add_done_callback(lambda _: work.close())  # of a task that was cancelled before its first step
+        return task
 
     def every(self, name: str, seconds: float, work: Callable[[], Awaitable[object]]) -> "asyncio.Task[None]":
         """Call `work` again and again, `seconds` after the last call ended; its errors are logged."""
