@@ -25,8 +25,9 @@ GRACE_S = 10.0  # between the first rank's failure and giving up on the others: 
 class RemoteRanks:
     """Actors that are one role, by rank, called like a `Remote`. Calls run one at a time, first in, first out."""
 
-    def __init__(self, name: str, remotes: Sequence[Remote]) -> None:
+    def __init__(self, name: str, remotes: Sequence[Remote], grace_s: float = GRACE_S) -> None:
         self.name = name
+        self._grace_s = grace_s
         self._remotes = tuple(remotes)
         self._turn = asyncio.Lock()
         self._lost: str | None = None
@@ -66,7 +67,7 @@ class RemoteRanks:
 
             async def give_up(calls: list[asyncio.Task[None]]) -> None:
                 await failed.wait()
-                await asyncio.sleep(GRACE_S)
+                await asyncio.sleep(self._grace_s)
                 for call in calls:
                     call.cancel()
 

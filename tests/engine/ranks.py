@@ -128,17 +128,19 @@ def save(ranks, model, path, steps):
     return digests, saved, after
 
 
-def load(ranks, model, path):
-    """Load, and take one more step: (version, state as loaded, state after)."""
+def load(ranks, model, path, again):
+    """Load, save `again`, and take one more step: (version, digests of the second save, state as loaded, state
+    after)."""
     trainer = open_trainer(ranks, model, compute_dtype="float32")
     step(trainer, [5, 3])
     trainer.forward_backward(rows(99, [7]), TIS)  # what load must drop
     version = trainer.load(path)
+    digests = trainer.save(again)
     loaded = state(trainer)
     step(trainer, [12, 12])
     after = state(trainer)
     trainer.close()
-    return version, loaded, after
+    return version, digests, loaded, after
 
 
 def refused_load(ranks, model, path):

@@ -37,11 +37,12 @@ def same(a, b):
 @pytest.mark.parametrize(("writers", "readers"), [(2, 1), (1, 2), (2, 3), (2, 2)])
 def test_a_state_loads_bit_for_bit_into_another_number_of_ranks(model, checkpoints, tmp_path, writers, readers):
     path, of_writers = checkpoints[writers]
-    _, saved, after = of_writers[0]
-    for version, loaded, later in on_ranks(readers, load, tmp_path, model, path):
+    digests, saved, after = of_writers[0]
+    for version, again, loaded, later in on_ranks(readers, load, tmp_path, model, path, str(tmp_path / "again")):
         assert version == len(STEPS)
         assert same(loaded, saved)
         if readers == writers:
+            assert again == digests, "equal states are equal files"
             assert same(later, after), "training went on as if nothing had happened"
         else:
             for name, value in after.items():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from ranks import fail, on_ranks, refer, refuse, run_ranks, train
 from trainer_builders import rows, tiny_model
 
@@ -120,3 +121,22 @@ def test_a_rank_that_fails_in_the_middle_does_not_hang_the_others(model, tmp_pat
 def test_several_ranks_in_one_process_are_refused(model):
     with pytest.raises(ConfigError, match=r"trainer.ranks = 2, but here the trainer has 1 processes"):
         TorchTrainer(model, TrainerSpec(ranks=2), WeightsSpec())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 5e-2)])
+def test_two_gpus_over_nccl_follow_one(model, tmp_path, dtype, tolerance):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    spec = {"device": "cuda", "compute_dtype": dtype, "micro_batch_tokens": 40, "activation_checkpointing": True}
+    steps = [{"lengths": [14, 3, 9, 30, 1], "clip": 1.0}] * 3
+    ((one, one_state, one_scored, _),) = on_ranks(1, train, tmp_path, model, spec, steps)
+    for returned, found, scored, sharded in on_ranks(2, train, tmp_path, model, spec, steps):
+        assert sharded
+        for (_, one_metrics), (_, metrics) in zip(one, returned, strict=True):
+            assert metrics == pytest.approx(one_metrics, rel=tolerance)
+        for name, value in one_state.items():
+            if not name.startswith("exp_avg"):
+                np.testing.assert_allclose(found[name], value, atol=tolerance, err_msg=name)
+        for a, b in zip(one_scored, scored, strict=True):
+            np.testing.assert_allclose(b, a, atol=10 * tolerance)
