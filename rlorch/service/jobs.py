@@ -16,7 +16,7 @@ from typing import Protocol
 from uuid import uuid4
 
 from rlorch.aio import Watched, deadline
-from rlorch.errors import DeadlineError, InvariantError, ReplicaLostError, RlorchError, UserError
+from rlorch.errors import DeadlineError, InvariantError, RetryableError, RlorchError, UserError
 from rlorch.ports import TrainerHost
 from rlorch.service import job_specs, job_states, references
 from rlorch.service.base_models import BaseModels, context_length
@@ -212,7 +212,7 @@ class Jobs:
 
         Raises:
             UserError: unknown or deleted.
-            ReplicaLostError: it does not run now; the message says why and what to do.
+            RetryableError: it does not run now; the message says why and what to do.
         """
         if (host := self._hosts.get(job_id)) is not None:
             return host
@@ -220,7 +220,7 @@ class Jobs:
         if job.state == "DELETED":
             raise UserError(f"job {job_id} was deleted")
         advice = "wait for it" if job.state in job_states.STARTING else "resume it"
-        raise ReplicaLostError(f"job {job_id} has no trainer host: it is {job.state} ({job.message}); {advice}")
+        raise RetryableError(f"job {job_id} has no trainer host: it is {job.state} ({job.message}); {advice}")
 
     def touch(self, job_id: str) -> None:
         """The job is in use now: its inactivity timeout begins anew."""

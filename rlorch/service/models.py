@@ -25,6 +25,7 @@ from rlorch.errors import (
     NonFiniteError,
     OverloadedError,
     ReplicaLostError,
+    RetryableError,
     RlorchError,
     UserError,
 )
@@ -149,7 +150,7 @@ class Models:
 
         Raises:
             UserError: the job does not train such a model, or the base is another one than the job's.
-            ReplicaLostError: the job has no host now.
+            RetryableError: the job has no host now, or loses it meanwhile.
         """
         job = self._jobs.record(references.job_id(job_id))
         job_id = job.job.id
@@ -304,8 +305,12 @@ class Models:
         if spec.lora is None and not spec.base_only:
             for other in [model for model in self._of_job(job_id) if model.record.spec == spec]:
                 await self._close(other, f"session {session_id} attached to it", keep_on_host=True)
-        async with self._turn(job_id):
-            step = await self._asking(job_id, host.open(spec))
+        try:
+            async with self._turn(job_id):
+                step = await self._asking(job_id, host.open(spec))
+        except ReplicaLostError as error:  # of the service's callers nobody has lost the service
+            self._report_loss(job_id, error)
+            raise RetryableError(f"job {job_id} lost its host while a model was opened: {error}; resume it") from error
         name = spec.name if spec.lora is not None else f"{spec.name}-{number}"
         info = ModelInfo(
             id=f"{job_id}:{name}",
@@ -379,9 +384,9 @@ class Models:
             async with self._turn(job_id):
                 return await self._execute(model, entry.seq_id, operation)
         except ReplicaLostError as error:
-            # In a task of its own: this one may be cancelled by what follows from the loss.
-            self._tasks.spawn(f"loss of the host of job {job_id}", self._jobs.host_lost(job_id, str(error)))
-            return _failure(entry, error, "server")
+            self._report_loss(job_id, error)
+            why = f"operation {entry.seq_id} of model {model.record.info.id} did not end: {error}"
+            return _failure(entry, ReplicaLostError(why), "server")
         except (UserError, NonFiniteError) as error:
             return _failure(entry, error, "user")
         except RlorchError as error:
@@ -416,6 +421,10 @@ class Models:
             if loads:
                 await self._keep(model, model.record)
         return result
+
+    def _report_loss(self, job_id: str, error: ReplicaLostError) -> None:
+        """Fail the job, in a task of its own: the one that noticed may be cancelled by what follows."""
+        self._tasks.spawn(f"loss of the host of job {job_id}", self._jobs.host_lost(job_id, str(error)))
 
     async def _ask(self, host: TrainerHost, record: ModelRecord, operation: Operation) -> Result:
         name = record.spec.name
