@@ -1,8 +1,13 @@
-"""A trainer host in this process: the port over its engine, on one thread. Ray's actor wraps the same class."""
+"""A trainer host in this process: the port over its engine, on one thread. Ray's actor wraps the same class.
 
-from collections.abc import Mapping, Sequence
+Calls take their turns in the order they were made (asyncio's lock is first come, first served), so that a call that
+waits for something else of this process, as `open` may for other models to be loaded, lets none overtake it.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from rlorch.aio import Lane
 from rlorch.ports import WeightStore
@@ -23,20 +28,29 @@ from rlorch.weights.store import FileWeightStore
 if TYPE_CHECKING:
     from rlorch.engine.host import TrainerHostEngine
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class LocalTrainerHost:
     """The TrainerHost port over `TrainerHostEngine`; payloads go to the store in `job_dir`/weights."""
 
-    def __init__(self, engine: "TrainerHostEngine", lane: Lane, store: WeightStore) -> None:
+    def __init__(
+        self, engine: "TrainerHostEngine", lane: Lane, store: WeightStore, loading: asyncio.Lock | None = None
+    ) -> None:
         self._engine = engine
         self._lane = lane
         self._store = store
+        self._loading = loading or asyncio.Lock()
+        self._turn = asyncio.Lock()
         self._closed = False
 
     @classmethod
-    async def start(cls, spec: HostSpec, ranks: Ranks | None = None) -> "LocalTrainerHost":
-        """Start a host, or the process of one rank of it; the weights load when its first model is opened. Raises
-        `ModelError`."""
+    async def start(
+        cls, spec: HostSpec, ranks: Ranks | None = None, *, loading: asyncio.Lock | None = None
+    ) -> "LocalTrainerHost":
+        """Start a host, or the process of one rank of it; the weights load when its first model is opened, while
+        `loading` is held. Raises `ModelError`."""
         from rlorch.engine.host import TrainerHostEngine
 
         lane = Lane("trainer-host")
@@ -45,50 +59,55 @@ class LocalTrainerHost:
         except BaseException:
             lane.close()
             raise
-        return cls(engine, lane, FileWeightStore(Path(spec.job_dir) / "weights", spec.weights))
+        return cls(engine, lane, FileWeightStore(Path(spec.job_dir) / "weights", spec.weights), loading)
 
     async def open(self, model: ModelSpec) -> int:
         """See `TrainerHost.open`."""
-        return await self._lane.run(self._engine.open, model)
+        async with self._turn, self._loading:
+            return await self._lane.run(self._engine.open, model)
 
     async def close_model(self, model: str) -> None:
         """See `TrainerHost.close_model`."""
-        await self._lane.run(self._engine.close_model, model)
+        await self._run(self._engine.close_model, model)
 
     async def forward(self, model: str, datums: Sequence[Datum], top_k: int = 0) -> ForwardResult:
         """See `TrainerHost.forward`."""
-        return await self._lane.run(self._engine.forward, model, datums, top_k)
+        return await self._run(self._engine.forward, model, datums, top_k)
 
     async def forward_backward(self, model: str, datums: Sequence[Datum], loss: LossSpec) -> ForwardResult:
         """See `TrainerHost.forward_backward`."""
-        return await self._lane.run(self._engine.forward_backward, model, datums, loss)
+        return await self._run(self._engine.forward_backward, model, datums, loss)
 
     async def optim_step(self, model: str, adam: AdamParams, normalization: Normalization) -> StepResult:
         """See `TrainerHost.optim_step`."""
-        return await self._lane.run(self._engine.optim_step, model, adam, normalization)
+        return await self._run(self._engine.optim_step, model, adam, normalization)
 
     async def export(self, model: str, kind: str, number: int) -> Manifest:
         """See `TrainerHost.export`: the payload is in the store when this returns."""
-        manifest, payload = await self._lane.run(self._engine.export, model, kind, number)
+        manifest, payload = await self._run(self._engine.export, model, kind, number)
         if self._engine.rank == 0:
             await self._store.put(manifest.payload, payload)
         return manifest
 
     async def published(self, model: str, number: int) -> None:
         """See `TrainerHost.published`."""
-        await self._lane.run(self._engine.published, model, number)
+        await self._run(self._engine.published, model, number)
 
     async def save(self, model: str, what: SaveKind, path: str) -> Mapping[str, str]:
         """See `TrainerHost.save`."""
-        return await self._lane.run(self._engine.save, model, what, path)
+        return await self._run(self._engine.save, model, what, path)
 
     async def load(self, model: str, what: LoadKind, path: str) -> int:
         """See `TrainerHost.load`."""
-        return await self._lane.run(self._engine.load, model, what, path)
+        return await self._run(self._engine.load, model, what, path)
+
+    async def _run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        async with self._turn:
+            return await self._lane.run(call, *args, **kwargs)
 
     async def close(self) -> None:
         """Let the calls that were made finish and free what the host holds; no more calls. Idempotent."""
         if not self._closed:
             self._closed = True
-            await self._lane.run(self._engine.close)
+            await self._run(self._engine.close)
             self._lane.close()

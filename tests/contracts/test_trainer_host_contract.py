@@ -1,11 +1,12 @@
 """The trainer host in this process keeps its contract."""
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from trainer_contract import CROSS_ENTROPY
 from trainer_host_contract import FULL, ROWS, SMALL, AdaptersContract, FullModelContract
 
@@ -23,11 +24,11 @@ def host_spec(model: Path, job_dir: Path) -> HostSpec:
     return HostSpec(model=str(model), job_dir=str(job_dir), trainer=trainer, max_context_length=32)
 
 
-@contextmanager
-def local_host(model: Path, job_dir: Path) -> Iterator[TrainerHost]:
-    host = asyncio.run(LocalTrainerHost.start(host_spec(model, job_dir)))
+@asynccontextmanager
+async def local_host(model: Path, job_dir: Path) -> AsyncIterator[TrainerHost]:
+    host = await LocalTrainerHost.start(host_spec(model, job_dir))
     yield host
-    asyncio.run(host.close())
+    await host.close()
 
 
 class OnThisProcess:
@@ -41,14 +42,16 @@ class OnThisProcess:
     def store(self, job_dir: Path) -> WeightStore:
         return FileWeightStore(job_dir / "weights", WeightsSpec())
 
-    @pytest.fixture(scope="class")
-    def started(self, tiny_model: Path, job_dir: Path) -> Iterator[TrainerHost]:
-        with local_host(tiny_model, job_dir) as host:
+    @pytest_asyncio.fixture(scope="class", loop_scope="class")
+    async def started(self, tiny_model: Path, job_dir: Path) -> AsyncIterator[TrainerHost]:
+        async with local_host(tiny_model, job_dir) as host:
             yield host
 
-    @pytest.fixture(scope="class")
-    def started_another(self, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainerHost]:
-        with local_host(tiny_model, tmp_path_factory.mktemp("another-job")) as host:
+    @pytest_asyncio.fixture(scope="class", loop_scope="class")
+    async def started_another(
+        self, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> AsyncIterator[TrainerHost]:
+        async with local_host(tiny_model, tmp_path_factory.mktemp("another-job")) as host:
             yield host
 
 
@@ -73,3 +76,17 @@ async def test_a_host_that_closes_lets_the_calls_before_it_finish(tiny_model: Pa
     await host.close()
     with pytest.raises(RuntimeError, match="after shutdown"):
         await host.open(FULL)
+
+
+async def test_an_open_that_waits_for_other_models_to_load_is_not_overtaken(tiny_model: Path, tmp_path: Path) -> None:
+    loading = asyncio.Lock()
+    host = await LocalTrainerHost.start(host_spec(tiny_model, tmp_path / "job"), loading=loading)
+    async with asyncio.TaskGroup() as tasks, loading:
+        opening = tasks.create_task(host.open(SMALL))
+        scoring = tasks.create_task(host.forward(SMALL.name, ROWS))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not opening.done()
+    assert opening.result() == 0
+    assert len(scoring.result().logprobs) == 2
+    await host.close()

@@ -1,7 +1,8 @@
 """What every `TrainerHost` promises, as tests over hosts that a subclass starts.
 
-A full model, or two adapters and the frozen base, each on a host of its own that serves a whole class. Full models have
-their weights and version put back by loading a state of version 0; adapters are closed and opened anew.
+A full model, or two adapters and the frozen base, each on a host of its own that serves a whole class, on one event
+loop. Full models have their weights and version put back by loading a state of version 0; adapters are closed and
+opened anew.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytest_asyncio
 from trainer_contract import ADAM, CROSS_ENTROPY, VOCAB, row
 
 from rlorch.errors import RlorchError, StorageError, UserError, WeightsError
@@ -37,6 +39,7 @@ async def step(host: TrainerHost, model: str, seed: int = 0) -> int:
     return (await host.optim_step(model, ADAM, "num_loss_tokens")).version
 
 
+@pytest.mark.asyncio(loop_scope="class")
 class AnyModelContract:
     """What holds for every model in training. Subclasses define the fixtures `model`, `host` and `another`: two hosts
     on which it is open at version 0."""
@@ -177,11 +180,11 @@ class FullModelContract(AnyModelContract):
     def fresh(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return tmp_path_factory.mktemp("fresh") / "version-0"
 
-    @pytest.fixture
+    @pytest_asyncio.fixture(loop_scope="class")
     async def host(self, started: TrainerHost, fresh: Path) -> TrainerHost:
         return await self._begin(started, fresh)
 
-    @pytest.fixture
+    @pytest_asyncio.fixture(loop_scope="class")
     async def another(self, started_another: TrainerHost, fresh: Path) -> TrainerHost:
         return await self._begin(started_another, fresh)
 
@@ -229,11 +232,11 @@ class AdaptersContract(AnyModelContract):
     def model(self) -> ModelSpec:
         return SMALL
 
-    @pytest.fixture
+    @pytest_asyncio.fixture(loop_scope="class")
     async def host(self, started: TrainerHost) -> TrainerHost:
         return await self._begin(started)
 
-    @pytest.fixture
+    @pytest_asyncio.fixture(loop_scope="class")
     async def another(self, started_another: TrainerHost) -> TrainerHost:
         return await self._begin(started_another)
 
