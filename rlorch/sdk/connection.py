@@ -15,7 +15,6 @@ was written for a hosted service runs here unchanged.
 """
 
 import asyncio
-import atexit
 import concurrent.futures
 import importlib
 import itertools
@@ -212,7 +211,9 @@ async def _connect(address: str, data_dir: str | None) -> Link:
 
 HUB = Hub()
 """The hub of this process."""
-atexit.register(HUB.close)
+# Not `atexit`: by then executors take no more work, and a service of this process needs them to end what it runs. This
+# is where concurrent.futures registers its own end; the last that was registered runs first.
+threading._register_atexit(HUB.close)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def connect(base_url: str | None = None, api_key: str | None = None) -> Connection:
