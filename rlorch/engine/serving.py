@@ -3,9 +3,11 @@
 Names and layout are those of the model's own checkpoint: tied weights appear once, and what transformers fuses or
 renames while loading is undone. The bits are copies in host memory: training may go on while they are encoded.
 
-P elements of one tensor.
+P elements of one tensor, K changed ones.
 """
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from rlorch.engine.distributed import local
+from rlorch.engine.distributed import Group, Part, local, part_of
 from rlorch.errors import ConfigError
 from rlorch.specs import Dtype
+from rlorch.weights.codec import TensorChange, changed_bits
 
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
@@ -60,3 +63,54 @@ def bit_views(tensors: dict[str, Tensor]) -> tuple[dict[str, Bits], dict[str, st
     """(unsigned-integer views with the tensors' shapes, safetensors dtype names), by name."""
     views = {name: tensor.view(_BITS[tensor.dtype]).numpy() for name, tensor in tensors.items()}
     return views, {name: DTYPE_NAMES[tensor.dtype] for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Served:
+    """What samplers get of the weights as they are now: this rank's rows, by checkpoint name, and which those are.
+
+    The iterators below are collective: every rank runs through them, and what they give they give on rank 0. Ranks
+    send their rows and the changes in them; one whole tensor exists at a time, there.
+    """
+
+    bits: dict[str, Bits]
+    dtypes: dict[str, str]
+    parts: dict[str, Part]
+    dtype: torch.dtype
+    group: Group
+
+    def changes(self, base: Mapping[str, Bits] | None) -> Iterator[TensorChange]:
+        """Every tensor, with what changed in it since the bits `base` of the same rows."""
+        for name, part in self.parts.items():
+            held, index_K, xor_K = self._held(self.bits, name), None, None
+            new = self.group.collect(held, part.counts)
+            if base is not None:
+                index_K, xor_K = changed_bits(self._held(base, name), held)
+                counts = self.group.exchange(int(index_K.size))
+                index_K = self.group.collect(index_K + part.start * part.row_elements, counts)
+                xor_K = self.group.collect(xor_K, counts)
+            if new is not None:
+                yield TensorChange(name, self.dtypes[name], new.reshape(part.shape), index_K, xor_K)
+
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor in the serve dtype."""
+        for name, part in self.parts.items():
+            found = self.group.collect(self._held(self.bits, name), part.counts)
+            if found is not None:
+                yield name, torch.from_numpy(found).view(self.dtype).reshape(part.shape)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the whole tensors."""
+        return {name: sum(part.counts) * self.dtype.itemsize for name, part in self.parts.items()}
+
+    def _held(self, bits: Mapping[str, Bits], name: str) -> Bits:
+        """This rank's elements, flat; none of a tensor that is not sharded and belongs to rank 0."""
+        part = self.parts[name]
+        return bits[name].reshape(-1)[: part.rows * part.row_elements]
+
+
+def served(model: Any, dtype: torch.dtype, group: Group) -> Served:
+    """Copies of the weights as samplers get them. Raises `ModelError` for weights that are not sharded by rows."""
+    parts = {name: part_of(tensor, group) for name, tensor in checkpoint_tensors(model).items()}
+    bits, dtypes = bit_views(serving_tensors(model, dtype))
+    return Served(bits, dtypes, parts, dtype, group)

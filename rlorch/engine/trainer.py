@@ -13,7 +13,8 @@ Invariants:
 With one rank this is plain torch, bit for bit what it would be without the other ranks' code.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rlorch.engine import files
-from rlorch.engine.distributed import Part, check_ranks, join, local, part_of
+from rlorch.engine.distributed import check_ranks, join, local, part_of
 from rlorch.engine.forward import score
 from rlorch.engine.learner import Learner
 from rlorch.engine.model import load_policy, resolve_device
-from rlorch.engine.serving import Bits, bit_views, checkpoint_tensors, resolve_serve_dtype, serving_tensors
+from rlorch.engine.serving import Bits, resolve_serve_dtype, served
 from rlorch.engine.tokenizer import load_tokenizer
 from rlorch.engine.top_k import score_top_k
 from rlorch.errors import StorageError, UserError, WeightsError
 from rlorch.specs import Ranks, TrainerSpec, WeightsSpec
 from rlorch.types import AdamParams, Datum, ForwardResult, LossSpec, Manifest, Normalization, StepResult
-from rlorch.weights.codec import TensorChange, changed_bits, encode_changes
+from rlorch.weights.codec import encode_changes
 from rlorch.weights.manifest import manifest_from_json, manifest_to_json
 
 FORMAT = 2
@@ -131,8 +132,8 @@ class TorchTrainer:
         if base is not None and base.version >= number:
             base = None
         with self._group.together("export"):
-            bits, dtypes = bit_views(serving_tensors(self._policy.model, self._serve_dtype))
-            changes = self._changes(bits, dtypes, base)
+            serving = served(self._policy.model, self._serve_dtype, self._group)
+            changes = serving.changes(None if base is None else base.bits)
             if self.rank == 0:
                 manifest, payload = encode_changes(
                     version=number,
@@ -143,10 +144,9 @@ class TorchTrainer:
                 )
                 self._group.exchange(manifest_to_json(manifest).decode() if self._group.world > 1 else None)
             else:
-                for _ in changes:
-                    raise AssertionError("tensors are collected on rank 0 only")
+                deque(changes, maxlen=0)
                 payload, manifest = b"", manifest_from_json(self._group.exchange(None)[0].encode())
-        self._exported = Exported(number, bits)
+        self._exported = Exported(number, serving.bits)
         return manifest, payload
 
     def published(self, version: int) -> None:
@@ -162,31 +162,6 @@ class TorchTrainer:
             raise WeightsError(
                 f"version {version} was published, but version {held} was exported last; export it again"
             )
-
-    def _changes(
-        self, bits: Mapping[str, Bits], dtypes: Mapping[str, str], base: Exported | None
-    ) -> Iterator[TensorChange]:
-        """Every tensor with what changed in it since `base`: each rank compares its own rows, rank 0 collects."""
-        parts = self._parts()
-        for name, held in bits.items():
-            part = parts[name]
-            if part.rows == 0:
-                held = held.reshape(-1)[:0]
-            new = self._group.collect(held.reshape(-1), part.counts)
-            index_K, xor_K = None, None
-            if base is not None:
-                old = base.bits[name].reshape(-1)[: held.size]
-                index_K, xor_K = changed_bits(old, held)
-                counts = self._group.exchange(int(index_K.size))
-                index_K = self._group.collect(index_K + part.start * part.row_elements, counts)
-                xor_K = self._group.collect(xor_K, counts)
-            if new is not None:
-                yield TensorChange(name, dtypes[name], new.reshape(part.shape), index_K, xor_K)
-
-    def _parts(self) -> dict[str, Part]:
-        """What this rank holds of each tensor that samplers get."""
-        live = checkpoint_tensors(self._policy.model)
-        return {name: part_of(tensor, self._group) for name, tensor in live.items()}
 
     # --- files ----------------------------------------------------------------------------------------------
 
@@ -285,30 +260,13 @@ class TorchTrainer:
     def _write_model(self, directory: Path) -> None:
         """The served weights, collected on rank 0 one by one. A rank 0 that cannot write takes what the others send all
         the same."""
-        held = serving_tensors(self._policy.model, self._serve_dtype)
-        bits, _ = bit_views(held)
-        parts = self._parts()
-        width = self._serve_dtype.itemsize
-        sizes = {name: sum(part.counts) * width for name, part in parts.items()}
-
-        def collected() -> Iterator[tuple[str, Tensor]]:
-            for name, part in parts.items():
-                flat = bits[name].reshape(-1)[: part.rows * part.row_elements]
-                found = self._group.collect(flat, part.counts)
-                if found is not None:
-                    yield name, torch.from_numpy(found).view(self._serve_dtype).reshape(part.shape)
-
-        tensors = collected()
-        if self.rank > 0:
-            for _ in tensors:
-                raise AssertionError("tensors are collected on rank 0 only")
-            return
+        serving = served(self._policy.model, self._serve_dtype, self._group)
+        tensors = serving.whole()
         try:
-            files.write_stream(directory, "model", sizes, tensors)
-        except StorageError:
-            for _ in tensors:
-                pass
-            raise
+            if self.rank == 0:
+                files.write_stream(directory, "model", serving.sizes(), tensors)
+        finally:
+            deque(tensors, maxlen=0)
 
     def _verified(self, directory: Path) -> dict[str, Any]:
         """The record of a checkpoint of this model, whose files each rank checks a share of."""
