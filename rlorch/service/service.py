@@ -9,6 +9,7 @@ from typing import Any
 from rlorch.errors import UserError
 from rlorch.service.base_models import BaseModels
 from rlorch.service.checkpoints import Checkpoints
+from rlorch.service.deployments import Deployments
 from rlorch.service.jobs import JobLimits, Jobs
 from rlorch.service.layout import Layout
 from rlorch.service.models import ModelLimits, Models
@@ -25,6 +26,22 @@ METHODS: Mapping[str, frozenset[str]] = {
     "jobs": frozenset({"create", "get", "list", "wait", "resume", "delete", "profile"}),
     "models": frozenset({"create_session", "heartbeat", "create", "info", "submit", "retrieve", "unload"}),
     "checkpoints": frozenset({"list", "get", "delete", "chain", "promote", "models"}),
+    "deployments": frozenset(
+        {
+            "create",
+            "get",
+            "list",
+            "wait",
+            "update",
+            "scale_to_zero",
+            "delete",
+            "hot_load",
+            "wait_for_snapshot",
+            "sample",
+            "score",
+            "abort",
+        }
+    ),
 }
 """What may be called through a `Link`, by part."""
 
@@ -86,12 +103,14 @@ class Service:
             self.records, self.jobs, saver, self._tasks, base_models, now_s, model_limits or ModelLimits()
         )
         self.jobs.attach(self.models)
+        self.deployments = Deployments(self.records, layout, cluster, self._tasks, self.checkpoints, base_models, now_s)
 
     async def start(self) -> None:
-        """Take up jobs and models from the records: hosts that still run are found, others fail or start again."""
+        """Take up what the records say: hosts and replicas that still run are found, others fail or start again."""
         await self._tasks.start()
         await self.models.start()
         await self.jobs.start()
+        await self.deployments.start()
         self._tasks.every("sweep", SWEEP_S, self.sweep)
         self._tasks.every("collection of checkpoints", COLLECT_S, lambda: self.checkpoints.collect(self._now_s()))
 
@@ -114,6 +133,7 @@ class Service:
 
     async def close(self) -> None:
         """Let go of everything; what outlives this process goes on. Idempotent."""
+        await self.deployments.close()
         await self._tasks.close()
         await self._cluster.close()
         await self.records.close()
