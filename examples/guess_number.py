@@ -4,9 +4,7 @@ One object is one episode. `step` gets what the policy said in its last turn and
 tokens; what it returns is appended to the tokens that were sampled. A reward may come with any turn; the episode's
 score is their sum. An exception here does not end the run: the rollout gets the failure verdict `environment`.
 
-    from rlorch.rollout import EpisodeSetup, rollout_episodes
-
-    rollouts = await rollout_episodes(EpisodeSetup(prompt=prompt, make_environment=GuessNumber, ...))
+    rlorch train examples/guess_number.yaml
 
 The dataset row holds the secret: {"prompt": "Guess a number from 1 to 100.", "secret": 37}.
 """

@@ -54,13 +54,13 @@ def sibling(name: str) -> ModuleType:
 class PluginKind:
     """What is being looked for: the words for messages, and where such plug-ins live.
 
-    `is_plugin` says whether an object carries the decorator.
+    `builtin_package` None: none is built in. `is_plugin` says whether an object carries the decorator.
     """
 
     noun: str
     decorator: str
     group: str
-    builtin_package: str
+    builtin_package: str | None
     is_plugin: Callable[[object], bool]
 
 
@@ -142,7 +142,7 @@ def _execute(spec: str, module_name: str, path: Path, kind: PluginKind) -> Modul
 def _import(spec: str, module_name: str, kind: PluginKind) -> ModuleType:
     _append_to_path(Path.cwd())
     try:
-        if module_name.partition(".")[0] == kind.builtin_package:
+        if kind.builtin_package is not None and module_name.partition(".")[0] == kind.builtin_package:
             sibling(kind.builtin_package)
         return import_module(module_name)
     except RlorchError:
@@ -220,6 +220,8 @@ def describe_exception(error: BaseException, file: str | None = None) -> str:
 
 
 def _builtin_names(kind: PluginKind) -> tuple[str, ...]:
+    if kind.builtin_package is None:
+        return ()
     modules = pkgutil.iter_modules(sibling(kind.builtin_package).__path__)
     return tuple(sorted(module.name for module in modules if not module.name.startswith("_")))
 

@@ -36,7 +36,7 @@ class Board:
     total_steps: int
     group_size: int
     fleet: Fleet
-    rewards: RewardPool
+    rewards: RewardPool | None
     tracer: Tracer
     clock: Callable[[], float]
     messages: Messages
@@ -130,7 +130,7 @@ class Board:
         syncers = self.fleet.syncs.syncers
         last, mean = self.pauses()
         ledger = coordinator.ledger.view() if coordinator else None
-        scoring = self.rewards.view()
+        scoring = self.rewards.view() if self.rewards else None
         return RunView(
             name=self.name,
             model=self.model,
@@ -155,7 +155,9 @@ class Board:
                 for replica in pool.replicas
             ),
             roles=self.tracer.activities(),
-            rewards=RewardsView(scoring.running, scoring.queued, sum(scoring.failures.values())),
+            rewards=RewardsView(scoring.running, scoring.queued, sum(scoring.failures.values()))
+            if scoring
+            else RewardsView(0, 0, 0),
             rollouts=self.rollouts(),
             slots=(ledger.used, ledger.capacity) if ledger else (0, 0),
             tokens_per_s=self.tokens_per_s(),

@@ -11,16 +11,19 @@ A sampling error leaves by exception (the pool has retried it already); an error
 from rlorch.rollout.arrays import TrajectoryArrays, trajectory_arrays
 from rlorch.rollout.environment import Environment, Observation
 from rlorch.rollout.multi_turn import EpisodeLimits, EpisodeSetup, SessionSample, rollout_episode, rollout_episodes
+from rlorch.rollout.plugin import EnvironmentSpec, load_environment
 from rlorch.rollout.single_turn import Sample, rollout_group
 
 __all__ = [
     "Environment",
+    "EnvironmentSpec",
     "EpisodeLimits",
     "EpisodeSetup",
     "Observation",
     "Sample",
     "SessionSample",
     "TrajectoryArrays",
+    "load_environment",
     "rollout_episode",
     "rollout_episodes",
     "rollout_group",

@@ -154,6 +154,7 @@ def test_every_built_in_reward_is_listed_with_what_it_does(capsys: pytest.Captur
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")  # of packages that reasoning_gym imports, when first compiled
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.yaml")))
 def test_every_example_config_is_valid(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    code, out, err = run(capsys, "train", str(EXAMPLES / name), "--dry-run", "sampler.replicas=1")
+    one_sampler = ["sampler.replicas=1"] if "\nsampler:" in (EXAMPLES / name).read_text() else []
+    code, out, err = run(capsys, "train", str(EXAMPLES / name), "--dry-run", *one_sampler)
     assert (code, err) == (0, "")
     assert "trainer" in out

@@ -25,6 +25,7 @@ from rlorch.recipes.rl.run import RLRun
 from rlorch.recipes.run_dir import RunDir, check_run_dir, learned_digest, open_run_dir
 from rlorch.recipes.sections import check_model_dir
 from rlorch.render.prompt import render_prompt
+from rlorch.rollout.plugin import load_environment
 from rlorch.scoring.plugin import REWARD_KIND
 
 Config = RLConfig
@@ -33,15 +34,17 @@ __all__ = ["Config", "RLConfig", "evaluate", "prepare", "run", "run_path", "runt
 
 
 def prepare(config: RLConfig, *, resume: bool = False) -> Inputs:
-    """Read the data, and refuse what is wrong with model, rewards or run directory; starts and writes nothing.
+    """Read the data, and refuse what is wrong with model, plug-ins or run directory; starts and writes nothing.
 
     Raises:
-        UserError: the model, a reward, the data or the run directory; the message says which.
+        UserError: the model, a reward, the environment, the data or the run directory; the message says which.
     """
     check_run_dir(run_path(config), config, resume=resume)
     check_model_dir(config.model)
-    for term in config.rewards.terms:
+    for term in config.rewards.terms if config.rewards else ():
         resolve(term.plugin, REWARD_KIND)
+    if config.environment is not None:
+        load_environment(config.environment)
     return read_rows(config.data, config.held_out, config.render)
 
 

@@ -12,6 +12,7 @@ from rlorch.data import DataSpec
 from rlorch.pool.config import PoolConfig
 from rlorch.recipes.sections import CheckpointSpec, HeldOutSpec, ObserveSpec, OptimizerSpec, model_path
 from rlorch.render.prompt import RenderSpec
+from rlorch.rollout.plugin import EnvironmentSpec
 from rlorch.specs import RewardSpec, RuntimeSpec, SamplerSpec, Spec, TrainerSpec, WeightsSpec
 
 
@@ -30,7 +31,8 @@ class RLConfig(Spec):
     data: DataSpec
     held_out: HeldOutSpec = HeldOutSpec()
     render: RenderSpec = RenderSpec()
-    rewards: RewardSpec
+    rewards: RewardSpec | None = None
+    environment: EnvironmentSpec | None = None
     algorithm: AlgorithmSpec = AlgorithmSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     rollout: RolloutSpec = RolloutSpec()
@@ -45,6 +47,18 @@ class RLConfig(Spec):
     @model_validator(mode="after")
     def _the_schedule_fits_the_run(self) -> Self:
         self.optimizer.check(self.steps)
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_are_scored_and_fit(self) -> Self:
+        if self.rewards is None and self.environment is None:
+            raise ValueError("nothing scores a rollout: give rewards.terms, or an environment")
+        limit = self.environment.limits.max_context_tokens if self.environment else 0
+        if limit > self.sampler.max_model_len:
+            raise ValueError(
+                f"environment.limits.max_context_tokens is {limit}, but sampler.max_model_len only "
+                f"{self.sampler.max_model_len}: lower the first or raise the second"
+            )
         return self
 
 
@@ -63,5 +77,10 @@ def runtime_spec(config: RLConfig) -> RuntimeSpec:
         sampler=config.sampler,
         rewards=config.rewards,
         weights=config.weights,
-        roles=("trainer", *(("reference",) if reference else ()), "sampler", "reward"),
+        roles=(
+            "trainer",
+            *(("reference",) if reference else ()),
+            "sampler",
+            *(("reward",) if config.rewards else ()),
+        ),
     )

@@ -21,7 +21,7 @@ class Roles:
     trainer: Trainer
     reference: Reference | None
     fleet: Fleet
-    rewards: RewardPool
+    rewards: RewardPool | None
     publisher: Publisher
 
 
@@ -38,7 +38,7 @@ async def start_roles(config: RLConfig, runtime: Runtime, tracer: Tracer) -> Rol
             }
             workers = {
                 name: tasks.create_task(runtime.reward_worker(name), name=f"start {name}")
-                for name in (f"reward-{index}" for index in range(config.rewards.workers))
+                for name in (f"reward-{index}" for index in range(config.rewards.workers if config.rewards else 0))
             }
     store = runtime.weight_store()
     publisher = Publisher(trainer.result(), store, config.weights)
@@ -53,6 +53,8 @@ async def start_roles(config: RLConfig, runtime: Runtime, tracer: Tracer) -> Rol
             {name: task.result() for name, task in workers.items()},
             call_timeout_s=partial(call_timeout_s, config.rewards),
             restart=runtime.reward_worker,
-        ),
+        )
+        if config.rewards
+        else None,
         publisher=publisher,
     )

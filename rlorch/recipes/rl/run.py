@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +34,18 @@ from rlorch.recipes.rl.config import RLConfig
 from rlorch.recipes.rl.prompts import Prompts
 from rlorch.recipes.rl.roles import start_roles
 from rlorch.recipes.run_dir import RunDir
+from rlorch.rollout.multi_turn import EpisodeSetup, rollout_episodes
+from rlorch.rollout.plugin import load_environment
 from rlorch.rollout.single_turn import rollout_group
-from rlorch.types import Datum, Manifest, Prompt, Rollout, SamplingParams
+from rlorch.types import Datum, Manifest, Prompt, Rollout, SamplingParams, Verdict
 
 log = logging.getLogger(__name__)
 
 # Trainer and sampler compute the same log-probs by different kernels in different dtypes: bf16 noise is about 0.01
 # nats per token, wrong weights (another version, a tensor not updated) are 0.3 and more.
 CANARY_TOLERANCE_NATS = 0.1
+
+_NO_REWARD = Verdict(failure="environment", detail="the episode ended without a reward, and the config has no rewards")
 
 
 class RLRun:
@@ -77,6 +81,7 @@ class RLRun:
             top_k=config.rollout.top_k,
             stop=config.rollout.stop,
         )
+        self.make_environment = load_environment(config.environment) if config.environment else None
         self.clock = time.perf_counter
         self._evaluating: asyncio.Task[None] | None = None
 
@@ -195,7 +200,7 @@ class RLRun:
             self.prompts.held_out,
             self.params,
             rollout=self._rollout,
-            score=self.roles.rewards.score,
+            score=self._score,
             pin=lambda: self.roles.fleet.syncs.pinned("evaluation", spec.timeout_s),
             clock=self.clock,
         )
@@ -203,6 +208,21 @@ class RLRun:
     # --- rollouts, scores ---------------------------------------------------------------------------------
 
     async def _rollout(self, prompt: Prompt, params: SamplingParams, prefix: str) -> tuple[Rollout, ...]:
+        environment = self.config.environment
+        if environment is not None and self.make_environment is not None:
+            setup = EpisodeSetup(
+                prompt,
+                prompt.ordinal,
+                self.make_environment,
+                params,
+                self.roles.fleet.pool.sample,
+                self.tokenizer,
+                version=lambda: self.roles.fleet.syncs.committed_everywhere.value,
+                limits=environment.limits,
+                render=self.config.render,
+                request_prefix=prefix,
+            )
+            return await rollout_episodes(setup)
         return await rollout_group(
             prompt,
             group_id=prompt.ordinal,
@@ -213,8 +233,13 @@ class RLRun:
         )
 
     async def _score(self, rollouts: Sequence[Rollout]) -> tuple[Rollout, ...]:
+        """Verdicts for the rollouts that have none yet: an environment's own stand."""
+        unscored = [rollout for rollout in rollouts if rollout.verdict is None]
+        if self.roles.rewards is None:
+            return tuple(replace(r, verdict=_NO_REWARD) if r.verdict is None else r for r in rollouts)
         with self.tracer.span("rewards", "score"):
-            return await self.roles.rewards.score(rollouts)
+            scored = iter(await self.roles.rewards.score(unscored) if unscored else ())
+        return tuple(next(scored) if rollout.verdict is None else rollout for rollout in rollouts)
 
     # --- versions, checkpoints, evaluations ---------------------------------------------------------------
 
