@@ -17,8 +17,9 @@ from rlorch.errors import DeadlineError, ReplicaLostError, RlorchError, UserErro
 from rlorch.service import references
 from rlorch.service.base_models import BaseModels
 from rlorch.service.checkpoints import Checkpoints
-from rlorch.service.deployment import DeploymentLife, DeploymentRecord, DeploymentSettings, SnapshotRef
+from rlorch.service.deployment import DeploymentLife
 from rlorch.service.deployment_files import DeploymentFiles, snapshot_key
+from rlorch.service.deployment_settings import DeploymentRecord, DeploymentSettings, SnapshotRef
 from rlorch.service.hot_load import BASE, Adapter, Target, check_previous
 from rlorch.service.layout import Layout
 from rlorch.service.ports import Cluster

@@ -13,7 +13,7 @@ from rlorch.placement import Devices
 from rlorch.ports import Tokenizer, TrainerHost
 from rlorch.service.base_models import BaseModels
 from rlorch.service.checkpoints import Checkpoints
-from rlorch.service.deployment import DeploymentSettings
+from rlorch.service.deployment_settings import DeploymentSettings
 from rlorch.service.deployments import Deployments
 from rlorch.service.layout import Layout
 from rlorch.service.records import Records
@@ -259,7 +259,7 @@ class Job:
 class World:
     """A data directory, a cluster, and the service's parts that deployments need."""
 
-    def __init__(self, tmp_path: Path, cluster: SimCluster | None = None, settings: DeploymentSettings = SETTINGS):
+    def __init__(self, tmp_path: Path, cluster: Any = None, settings: DeploymentSettings = SETTINGS):
         self.cluster = cluster or SimCluster()
         self.settings = settings
         self.tmp_path = tmp_path

@@ -1,0 +1,81 @@
+"""What deployments are made of: settings that they share, and the record that one is found again by."""
+
+from dataclasses import dataclass, field
+
+from rlorch.pool.config import PoolConfig
+from rlorch.service.hot_load import Adapter
+from rlorch.service.replicas import ReplicaTimeouts
+from rlorch.service.types import Deployment, DeploymentConfig
+from rlorch.specs import RuntimeSpec, SamplerSpec, TrainerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentSettings:
+    """What all deployments of a service share; seconds.
+
+    `sampler` and `trainer` (its serve dtype) are those that deployments add to. `start_timeout_s` bounds the start of
+    a replica, waiting for room included; `wake_timeout_s` a request's wait while there is none; `request_timeout_s` a
+    request in all.
+    """
+
+    sampler: SamplerSpec = field(default_factory=SamplerSpec)
+    trainer: TrainerSpec = field(default_factory=TrainerSpec)
+    timeouts: ReplicaTimeouts = field(default_factory=ReplicaTimeouts)
+    start_timeout_s: float = 1800.0
+    wake_timeout_s: float = 1800.0
+    attempt_timeout_s: float = 1800.0
+    request_timeout_s: float = 7200.0
+    stall_timeout_s: float = 120.0
+    stop_drain_s: float = 60.0
+    scale_period_s: float = 1.0
+    up_after_s: float = 5.0
+    down_after_s: float = 120.0
+    cooldown_s: float = 30.0
+
+    def runtime(self, config: DeploymentConfig, model_dir: str, run_dir: str) -> RuntimeSpec:
+        """How a deployment's replicas are started. One adapter more than are kept fits: a new one loads beside them."""
+        sampler = self.sampler.model_copy(
+            update={
+                "engine": config.engine,
+                "max_model_len": config.max_model_len or self.sampler.max_model_len,
+                "max_num_seqs": config.max_num_seqs,
+                "tensor_parallel": config.tensor_parallel,
+                "max_loras": config.max_loras + 1 if config.max_loras else 0,
+                "max_lora_rank": config.max_lora_rank,
+            }
+        )
+        return RuntimeSpec(model=model_dir, run_dir=run_dir, trainer=self.trainer, sampler=sampler, roles=("sampler",))
+
+    def pool(self, config: DeploymentConfig) -> PoolConfig:
+        """As many sequences at a replica as it decodes at once: clients have windows of their own, and what the
+        engine measures of its queue must reach them."""
+        return PoolConfig(
+            strategy="fixed",
+            initial_window=config.max_num_seqs,
+            max_window=config.max_num_seqs,
+            request_timeout_s=self.attempt_timeout_s,
+            admission_timeout_s=self.request_timeout_s,
+            no_replica_timeout_s=self.wake_timeout_s,
+            stall_timeout_s=self.stall_timeout_s,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRef:
+    """A checkpoint that was asked for."""
+
+    job_id: str
+    identity: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentRecord:
+    """What a deployment is found again by. `snapshot` is the key of the one that is served (None: the base model),
+    `moving` a hot load that had not ended."""
+
+    deployment: Deployment
+    desired: int
+    snapshot: str | None = None
+    adapters: tuple[Adapter, ...] = ()
+    default: str | None = None
+    moving: SnapshotRef | None = None
