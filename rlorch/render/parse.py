@@ -55,18 +55,22 @@ def parse_completion(
 
 def parse_text(text: str) -> ParsedCompletion:
     """`parse_completion` for text without its end of turn, tool calls looked for."""
-    start = text.find(OPEN, max(text.find(THOUGHT_END), 0))  # reasoning may speak of calls without making one
-    if start < 0:
-        start = text.find(OPEN)
-    if start < 0:
-        return ParsedCompletion({"role": "assistant", "content": text})
-    try:
-        calls = _read_calls(text, start)
-    except (ValueError, RecursionError) as error:
-        return ParsedCompletion({"role": "assistant", "content": text}, str(error))
-    content = text[:start].removesuffix("\n")
-    functions = [{"type": "function", "function": call} for call in calls]
-    return ParsedCompletion({"role": "assistant", "content": content, "tool_calls": functions})
+    plain: Message = {"role": "assistant", "content": text}
+    first, after_thought = text.find(OPEN), text.find(OPEN, max(text.find(THOUGHT_END), 0))
+    problem: str | None = None
+    for start in dict.fromkeys((first, after_thought)):
+        problem = None  # with no call after the reasoning, whatever the reasoning says of calls is text
+        if start < 0:
+            continue
+        try:
+            calls = _read_calls(text, start)
+        except ValueError as error:
+            problem = str(error)
+            continue
+        functions = [{"type": "function", "function": call} for call in calls]
+        content = text[:start].removesuffix("\n")
+        return ParsedCompletion({"role": "assistant", "content": content, "tool_calls": functions})
+    return ParsedCompletion(plain, problem)
 
 
 def _read_calls(text: str, at: int) -> list[dict[str, Any]]:
@@ -75,13 +79,13 @@ def _read_calls(text: str, at: int) -> list[dict[str, Any]]:
     while at < len(text):
         what = f"tool call {len(calls) + 1}"
         if not text.startswith(OPEN, at):
-            raise ValueError(f"text follows {f'tool call {len(calls)}'}: {text[at : at + 40]!r}")
+            raise ValueError(f"text follows tool call {len(calls)}: {text[at : at + 40]!r}")
         try:
             value, at = _DECODER.raw_decode(text, _skip_blanks(text, at + len(OPEN)))
-        except RecursionError:
-            raise ValueError(f"{what} is nested too deeply") from None
         except ValueError as error:
             raise ValueError(f"{what} is not JSON: {error}") from error
+        except RecursionError:
+            raise ValueError(f"{what} is nested too deeply") from None
         calls.append(_call(value, what))
         at = _skip_blanks(text, at)
         if not text.startswith(CLOSE, at):
@@ -104,6 +108,8 @@ def _call(value: Any, what: str) -> dict[str, Any]:
         json.dumps(call, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{what} holds half of a surrogate pair, which is not text") from error
+    except RecursionError:
+        raise ValueError(f"{what} is nested too deeply") from None
     return call
 
 

@@ -1,16 +1,13 @@
 """Prompts, demonstrations and observations through a real byte-level BPE tokenizer and chat templates."""
 
-from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import ValidationError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from render_builders import CHATML, FORGETFUL, NO_SYSTEM, SmallTokenizer, trained_bpe
 
 from rlorch.errors import DataError, ModelError
 from rlorch.render import (
@@ -23,58 +20,6 @@ from rlorch.render import (
     supervised_example,
     to_datum,
 )
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-FORGETFUL = (  # drops what assistants said before the last message, as reasoning templates drop thinking
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and not loop.last %}...{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}" + CHATML
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>"]
-
-
-class SmallTokenizer:
-    """The Tokenizer port over `tokenizers` and jinja2."""
-
-    def __init__(self, template: str | None = CHATML) -> None:
-        self._bpe = trained_bpe()
-        self.chat_template = template
-        self.eos_token_id: int | None = self._bpe.token_to_id("<|im_end|>")
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        ids = self._bpe.encode(text).ids
-        return self._bpe.encode("<s>").ids + ids if add_special_tokens else ids
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        return self._bpe.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-
-    def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        assert self.chat_template is not None
-
-        def refuse(message: str) -> None:
-            raise RuntimeError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
-        return environment.from_string(self.chat_template).render(messages=conversation, **options)
-
-
-@cache
-def trained_bpe() -> Tokenizer:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # merges may cross lines
-    bpe.decoder = decoders.ByteLevel()
-    corpus = ["assistant\nthe answer", "assistant\nAnswer", "the answer is the answer", "user\nwhat is it"] * 50
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    bpe.train_from_iterator(corpus, trainer)
-    return bpe
-
 
 TOKENIZER = SmallTokenizer()
 words = st.text(alphabet=st.sampled_from("the answer Anis\n é#"), max_size=12)
