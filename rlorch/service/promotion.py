@@ -11,7 +11,7 @@ data), the data (https://github.com/huggingface/safetensors#format).
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -62,7 +62,7 @@ def copy_directory(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _whole_directory(target: Path) -> Iterator[Path]:
+def _whole_directory(target: Path) -> Generator[Path]:
     """A directory to fill that gets its name at the end."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
