@@ -36,6 +36,10 @@ _UNSUPPORTED = (
 """Options of PEFT that change what an adapter computes; they must be off."""
 
 
+_PLAIN_STARTS = ("gaussian", "orthogonal", "eva")
+"""Ways to initialise an adapter that leave the base as it was; PiSSA, OLoRA, LoftQ and their like change it."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoraSupport:
     """What an engine can adapt: (outputs, inputs) of each linear layer by its name in the checkpoint, the largest
@@ -91,6 +95,9 @@ def _read_config(config_bytes: bytes) -> tuple[int, float]:
         raise ValueError(f"{CONFIG_FILE} sets {wrong}, which samplers do not compute; train without")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{CONFIG_FILE} sets bias to {config['bias']!r}; samplers take none")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
+        raise ValueError(f"init_lora_weights is {start!r}, which also changes the base: convert it to plain LoRA")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ValueError(f"{CONFIG_FILE} has r {rank!r} and lora_alpha {alpha!r}")

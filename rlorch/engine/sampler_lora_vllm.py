@@ -84,7 +84,7 @@ class VllmAdapters:
         """Unload an adapter; unknown names are ignored."""
         if (request := self._requests.pop(name, None)) is not None:
             self._engine.remove_lora(request.lora_int_id)
-            rmtree(request.lora_path)
+            rmtree(request.lora_path, ignore_errors=True)
 
     def request(self, name: str | None) -> Any:
         """What vLLM's `add_request` takes; None is the base."""
@@ -118,19 +118,24 @@ def _write(adapter: Adapter, path: Path) -> None:
 
 
 def lora_targets(model_runner: Any) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of each layer that vLLM can adapt, by checkpoint name: fused ones by their parts. Embeddings
-    are left out, the head is not."""
+    """(outputs, inputs) of each linear layer that vLLM can adapt, by checkpoint name: fused ones by their parts.
+    The head is one of them; embeddings and experts are not."""
+    from vllm.lora.layers import LogitsProcessorWithLoRA
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
     manager = model_runner.lora_manager._adapter_manager
     targets: dict[str, tuple[int, int]] = {}
     for name, module in manager.modules.items():
-        if "Embedding" in type(module).__name__:
+        if isinstance(module, LogitsProcessorWithLoRA):
+            stacked_a, stacked_b = (module.lora_a_stacked,), (module.lora_b_stacked,)
+        elif isinstance(module, BaseLinearLayerWithLoRA):
+            stacked_a, stacked_b = module.lora_a_stacked, module.lora_b_stacked
+        else:
             continue
-        stacked_a, stacked_b = module.lora_a_stacked, module.lora_b_stacked
-        if isinstance(stacked_a, Tensor):  # the head
-            stacked_a, stacked_b = (stacked_a,), (stacked_b,)
         parts = manager.packed_modules.get(name, [name])
-        for part, a, b in zip(parts, stacked_a, stacked_b, strict=True):
-            targets[part] = (b.shape[-2], a.shape[-1])
+        if len(parts) == len(stacked_a):
+            for part, a, b in zip(parts, stacked_a, stacked_b, strict=True):
+                targets[part] = (b.shape[-2], a.shape[-1])
     return targets
 
 

@@ -99,8 +99,8 @@ class LoraWeightsContract:
         self, engine: SamplerEngine, world: World, adapters: Adapters
     ) -> None:
         adapters.add("one", 1, 1)
-        adapters.add("two", 2, 8, head=True, layers=(0, 2))
-        adapters.add("three", 3, MAX_RANK, use_dora=False)
+        adapters.add("two", 2, 8, head=True, layers=(0, 2), linears=("self_attn.k_proj", "mlp.up_proj"), strength=1.0)
+        adapters.add("three", 3, MAX_RANK)
         paths = {None: None, **adapters.paths}
         rows = {name: prompt(seed, 9) for seed, name in enumerate(paths)}
         mixed = self.together(engine, rows, SamplingParams(n=2, max_tokens=20))

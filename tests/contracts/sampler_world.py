@@ -203,13 +203,14 @@ def make_adapter(
     rank: int,
     *,
     layers: Sequence[int] = (0, 1, 2, 3),
+    linears: Sequence[str] = LINEARS,
     head: bool = False,
     strength: float = 0.5,
     **config: object,
 ) -> Path:
     """A PEFT directory of a random adapter of the tiny model that changes what it touches visibly."""
     model = Qwen3ForCausalLM(tiny_config())
-    names = [f"model.layers.{layer}.{name}" for layer in layers for name in LINEARS] + ["lm_head"] * head
+    names = [f"model.layers.{layer}.{name}" for layer in layers for name in linears] + ["lm_head"] * head
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for name in names:

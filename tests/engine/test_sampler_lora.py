@@ -68,7 +68,15 @@ def test_equal_files_are_one_adapter_and_others_another(tmp_path: Path) -> None:
     assert first.digest == second.digest != load_adapter("one", path, support).digest
 
 
-@pytest.mark.parametrize("option", [{"use_dora": True}, {"rank_pattern": {"q_proj": 2}}, {"modules_to_save": ["norm"]}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"rank_pattern": {"q_proj": 2}},
+        {"modules_to_save": ["norm"]},
+    ],
+)
 def test_what_samplers_do_not_compute_is_refused_by_its_name(tmp_path: Path, option: dict[str, Any]) -> None:
     model, path = peft_model(tmp_path, **option)
     with pytest.raises(ModelError, match=next(iter(option))):
