@@ -219,6 +219,20 @@ def test_files_come_from_the_environment_and_from_the_caller(tmp_path: Path, mon
     assert len(catalogue.list()) == len(BUILTIN.list()) + 3
 
 
+def test_the_example_of_the_documentation_is_a_catalogue(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "SHAPES.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+    catalogue = Catalogue.load(written(tmp_path, text))
+    found = [(shape.name, shape.kind, shape.num_gpus) for shape in catalogue.list()[len(BUILTIN.list()) :]]
+    assert found == [
+        ("my-model-32k", "policy", 4),
+        ("my-model-32k-lora", "LoRA", 1),
+        ("my-model-32k-forward-only", "forward-only", 1),
+    ]
+    assert all(
+        f"`{name}`" in (ROOT / "docs" / "SHAPES.md").read_text() for name in USER_FIELDS if "replica" not in name
+    )
+
+
 def test_a_built_in_name_cannot_be_taken_silently(tmp_path: Path) -> None:
     taken = FAMILY.replace("mine", "qwen3p5-9b-256k")
     path = written(tmp_path, taken)
