@@ -91,9 +91,11 @@ def make_model(directory: str, layers: int, width: int, vocab: int, max_tokens: 
     """A Qwen3 with random weights and the tiny model's tokenizer."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
 
     from rlorch.engine.tiny import make_character_tokenizer
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=vocab,
