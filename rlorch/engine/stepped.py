@@ -345,6 +345,8 @@ class SteppedEngine:
             verified = self._weights.replace(manifest, state)
         finally:
             self._moved()
+        with self._lock:
+            self._staged.clear()  # a number may mean other weights in the chain that is held now
         report = CommitReport(manifest.version, stage_s, time.monotonic() - start_s, payload_bytes, verified)
         if not self._tested:
             self._self_test()
