@@ -129,9 +129,15 @@ def plan_text(recipe: Recipe, config: Any) -> str:
         load_term(term.plugin, term.weight, term.options)
     if config.runtime == "ray" and config.address is not None:
         with open_host("ray", config.address) as host:
-            return render(make_plan(host.devices, spec, model_size(spec.model)), host.devices)
+            return render(_plan(host.devices, spec), host.devices)
     devices = find_devices()
-    return render(make_plan(devices, spec, model_size(spec.model)), devices)
+    return render(_plan(devices, spec), devices)
+
+
+def _plan(devices: Devices, spec: RuntimeSpec) -> Plan:
+    """The plan, with sizes read from the models' files. Raises `PlacementError`, `ModelError`."""
+    reference = model_size(spec.reference_model) if spec.reference_model else None
+    return make_plan(devices, spec, model_size(spec.model), reference)
 
 
 async def run_on(
@@ -139,7 +145,7 @@ async def run_on(
 ) -> T:
     """Plan, print the plan, open a runtime, `call` it, and stop the runtime whatever happens."""
     spec = recipe.runtime_spec(config)
-    plan = make_plan(host.devices, spec, await asyncio.to_thread(model_size, spec.model))
+    plan = await asyncio.to_thread(_plan, host.devices, spec)
     say(render(plan, host.devices))
     runtime = host.open(adjusted(spec, plan), plan)
     try:

@@ -47,13 +47,21 @@ class Plan:
     gpu_memory_fraction: float | None = None
 
 
-def make_plan(devices: Devices, spec: RuntimeSpec, model: ModelSize | None = None) -> Plan:
+def make_plan(
+    devices: Devices, spec: RuntimeSpec, model: ModelSize | None = None, reference: ModelSize | None = None
+) -> Plan:
     """Place the roles of `spec.roles`.
+
+    Args:
+        devices: what there is.
+        spec: what is to be started.
+        model: size of `spec.model`; None: memory is not checked.
+        reference: size of `spec.reference_model`; None: that of `model`.
 
     Raises:
         PlacementError: every way in which they do not fit, each with its numbers and what to change.
     """
-    planner = _Planner(devices, spec, model)
+    planner = _Planner(devices, spec, model, reference)
     plan = planner.plan()
     if planner.problems:
         lines = "\n".join(f"  {problem}" for problem in planner.problems)
@@ -77,12 +85,15 @@ def adjusted(spec: RuntimeSpec, plan: Plan) -> RuntimeSpec:
 class _Planner:
     """One planning: collects problems and notes on the way."""
 
-    def __init__(self, devices: Devices, spec: RuntimeSpec, model: ModelSize | None) -> None:
+    def __init__(
+        self, devices: Devices, spec: RuntimeSpec, model: ModelSize | None, reference: ModelSize | None
+    ) -> None:
         self.problems: list[str] = []
         self._notes: list[str] = []
         self._devices = devices
         self._spec = spec
         self._model = model
+        self._reference = reference
         self._ranks = spec.trainer.ranks
         self._samplers = spec.sampler.replicas if "sampler" in spec.roles else 0
         self._trainer_on_gpu = "trainer" in spec.roles and self._wants_gpu("trainer", spec.trainer.device)
@@ -219,6 +230,8 @@ class _Planner:
         share = replace(model, num_params=-(-model.num_params // self._ranks))
         total = trainer_bytes(share, self._spec.trainer, on_gpu=self._trainer_on_gpu)
         if "reference" in self._spec.roles:
+            reference = self._reference or model
+            share = replace(reference, num_params=-(-reference.num_params // self._ranks))
             total += reference_bytes(share, self._spec.trainer, on_gpu=self._trainer_on_gpu)
         return total
 

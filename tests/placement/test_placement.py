@@ -177,6 +177,12 @@ def test_the_reference_shares_the_trainers_device() -> None:
     assert places["reference"].gpu_fraction + places["trainer"].gpu_fraction == 1
 
 
+def test_a_reference_of_another_size_counts_with_its_own_size() -> None:
+    wanted = spec(roles=("trainer", "reference"))
+    make_plan(machine(1, gib=24), wanted, HALF_B)
+    assert "training 0.50B parameters takes" in refusal(machine(1, gib=24), wanted, HALF_B, SEVEN_B)
+
+
 def test_idle_gpus_are_mentioned_with_what_would_use_them() -> None:
     assert "2 of 4 GPUs stay idle; sampler.replicas=3 uses more" in make_plan(machine(4), spec()).notes
 
