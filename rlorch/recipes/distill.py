@@ -164,7 +164,7 @@ async def run(
             shutil.rmtree(run_dir.path / "weights", ignore_errors=True)  # every replica starts from a new anchor
             source.student = await start_student(config, runtime, trainer)
             keep = background.create_task(source.student.run(), name="student")
-        metrics = await loop.run(step, evaluate=evaluate if rows.held_out_rows else None, stop=stop)
+        metrics = await loop.run(step, evaluate=evaluate if source.num_held_out else None, stop=stop)
         if keep is not None:
             keep.cancel()
     return metrics
@@ -261,6 +261,11 @@ def divergence(datums: Sequence[Datum], logprobs: Sequence[Floats]) -> float:
 class Source(Protocol):
     """Sequences as rows with `target_tokens`, `mask`, and for sampled ones `logprobs`."""
 
+    @property
+    def num_held_out(self) -> int:
+        """Rows that are evaluated; 0: no evaluation."""
+        ...
+
     async def batch(self, version: int) -> list[Datum]:
         """What the step that starts from `version` trains."""
         ...
@@ -283,6 +288,11 @@ class Demonstrations:
 
         self._config = config
         self._train, self._held_out = ([render(row) for row in part] for part in (rows.train_rows, rows.held_out_rows))
+
+    @property
+    def num_held_out(self) -> int:
+        """Held-out demonstrations."""
+        return len(self._held_out)
 
     async def batch(self, version: int) -> list[Datum]:
         """The demonstrations of a step."""
@@ -318,6 +328,11 @@ class OwnAnswers:
             )
         if left_out:
             log.warning("%d prompts of more than %d tokens are left out", left_out, longest)
+
+    @property
+    def num_held_out(self) -> int:
+        """Held-out prompts that are short enough."""
+        return len(self._held_out)
 
     async def batch(self, version: int) -> list[Datum]:
         """Samples of the student at `version`."""

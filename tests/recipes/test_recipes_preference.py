@@ -11,6 +11,7 @@ from recipe_builders import metrics_of, weights_of
 from rlorch.errors import DataError
 from rlorch.local import LocalRuntime
 from rlorch.observe.metrics import check
+from rlorch.observe.report import write_report
 from rlorch.recipes import dpo, orpo
 from rlorch.recipes.reference_cache import FILE
 
@@ -118,6 +119,17 @@ async def test_a_reference_cache_that_is_damaged_or_of_other_rows_is_computed_ag
     _, events = await train(dpo, dpo.Config(**fields | {"data": other["data"]}, steps=3), resume=True)
     assert events[0] == "reference"
     assert np.load(cache)["sums"].tolist()[:6] == pytest.approx(right.tolist()[:6], rel=1e-5)
+
+
+async def test_a_stop_before_the_reference_is_done_leaves_a_run_to_go_on_with(small_config, tmp_path):
+    config = dpo.Config(**small_config(pair_rows(4), batch_size=2, steps=1))
+    stop = asyncio.Event()
+    stop.set()
+    last, events = await train(dpo, config, stop=stop)
+    assert (last, events) == ({}, ["reference"])
+    assert write_report(tmp_path / "run").is_file()
+    last, events = await train(dpo, config, resume=True)
+    assert (last["train/version"], events) == (1.0, ["reference", "release reference", "trainer"])
 
 
 @pytest.mark.parametrize("recipe", [dpo, orpo])
