@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rlorch.aio import deadline
+from rlorch.checkpoint.files import remove
 from rlorch.errors import UserError
 from rlorch.service import promotion, references, retention
 from rlorch.service.layout import Layout
@@ -184,7 +185,12 @@ class Checkpoints:
             await self._layout.saves(checkpoint.job_id).delete(checkpoint.name)
 
     async def _sweep_weights(self, job_id: str) -> None:
-        """Delete the payloads and manifests that no recorded snapshot needs; the head of the store stays."""
-        store = self._layout.weights(job_id)
+        """Delete the payloads and manifests that no recorded snapshot needs.
+
+        The newest stays while the job may save another; a deleted job's last snapshot takes the whole store with it.
+        """
         numbers = {one.number for one in await self.list(job_id) if one.number is not None}
-        await store.retain(numbers)
+        if numbers or self._is_kept(job_id):
+            await self._layout.weights(job_id).retain(numbers)
+        else:
+            await asyncio.to_thread(remove, self._layout.job(job_id) / "weights")

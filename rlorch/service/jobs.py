@@ -43,8 +43,8 @@ class Tenants(Protocol):
         """The host is gone; `forget`: for good."""
         ...
 
-    def step(self, job_id: str) -> int:
-        """Optimizer steps of the newest model."""
+    def step(self, job_id: str) -> int | None:
+        """Optimizer steps of the newest model; None when it is not known."""
         ...
 
     def is_idle(self, job_id: str) -> bool:
@@ -54,11 +54,13 @@ class Tenants(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class JobLimits:
-    """Seconds. `start_s`: from creation to a running host, waiting for devices included."""
+    """Seconds. `start_s`: from creation to a running host, waiting for devices included. `misses`: probes in a row
+    that find no host, after which it counts as lost; a host may be too busy to answer one."""
 
     start_s: float = 48 * 3600.0
     probe_s: float = 30.0
     stop_s: float = 60.0
+    misses: int = 3
 
 
 class Jobs:
@@ -89,6 +91,7 @@ class Jobs:
         self._hosts: dict[str, TrainerHost] = {}
         self._starting: dict[str, asyncio.Task[None]] = {}
         self._active_s: dict[str, float] = {}
+        self._misses: dict[str, int] = {}
         self._states: dict[str, Watched[JobState]] = {}
         self._updating = asyncio.Lock()
 
@@ -139,7 +142,7 @@ class Jobs:
     async def get(self, job_id: str) -> Job:
         """A job, deleted ones included. Raises `UserError` for an unknown one. Idempotent."""
         record = self.record(references.job_id(job_id))
-        return replace(record.job, step=self._tenant().step(record.job.id))
+        return self._stepped(record.job)
 
     async def list(self) -> tuple[Job, ...]:
         """All jobs, oldest first, deleted ones included. Idempotent."""
@@ -282,6 +285,7 @@ class Jobs:
     async def _take(self, job_id: str, host: TrainerHost, *, fresh: bool) -> None:
         await self._tenant().hosted(job_id, host, fresh=fresh)
         self._hosts[job_id] = host
+        self._misses[job_id] = 0
         self.touch(job_id)
         if fresh:
             message = "the trainer host runs"
@@ -305,10 +309,13 @@ class Jobs:
     async def _probe(self, job_id: str) -> None:
         try:
             async with deadline(self._limits.probe_s, f"job {job_id}: its trainer host does not answer"):
-                if await self._cluster.find_host(job_id) is None:
-                    await self.host_lost(job_id, "it does not answer any more")
-        except DeadlineError as error:  # busy is not dead; the cluster knows which
+                found = await self._cluster.find_host(job_id) is not None
+        except DeadlineError as error:
             _log.warning("%s", error)
+            found = False
+        self._misses[job_id] = 0 if found else self._misses.get(job_id, 0) + 1
+        if self._misses[job_id] >= self._limits.misses:
+            await self.host_lost(job_id, "it does not answer any more")
 
     async def _pause(self, job_id: str, timeout_s: float) -> None:
         newest = self._checkpoints.newest_state(job_id)
@@ -340,10 +347,14 @@ class Jobs:
             record = self.record(job_id)
             if not job_states.can_move(record.job.state, to):
                 return False
-            job = job_states.moved(replace(record.job, step=self._tenant().step(job_id)), to, message, self._now_s())
+            job = job_states.moved(self._stepped(record.job), to, message, self._now_s())
             await self._records.put(JOBS, job_id, replace(record, job=job))
         self._watched(job_id).set(to)
         return True
+
+    def _stepped(self, job: Job) -> Job:
+        step = self._tenant().step(job.id)
+        return job if step is None else replace(job, step=step)
 
     def _watched(self, job_id: str) -> Watched[JobState]:
         if job_id not in self._states:

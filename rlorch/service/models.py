@@ -260,10 +260,13 @@ class Models:
             self._fail(model, model.log.drain(), why, "HostLost")
             if forget:
                 await self._close(model, why)
+        if forget:
+            for model_id in self._records.list(MODELS, f"{job_id}:"):
+                await self._records.delete(MODELS, model_id)
 
-    def step(self, job_id: str) -> int:
-        """Optimizer steps of the job's newest model."""
-        return self._steps.get(job_id, 0)
+    def step(self, job_id: str) -> int | None:
+        """Optimizer steps of the job's newest model; None when it is not known."""
+        return self._steps.get(job_id)
 
     def is_idle(self, job_id: str) -> bool:
         """Whether no operation waits or runs."""

@@ -111,14 +111,9 @@ class Service:
         await self.models.start()
         await self.jobs.start()
         await self.deployments.start()
-        self._tasks.every("sweep", SWEEP_S, self.sweep)
+        self._tasks.every("sweep of models", SWEEP_S, lambda: self.models.sweep(self._now_s()))
+        self._tasks.every("sweep of jobs", SWEEP_S, lambda: self.jobs.sweep(self._now_s()))
         self._tasks.every("collection of checkpoints", COLLECT_S, lambda: self.checkpoints.collect(self._now_s()))
-
-    async def sweep(self) -> None:
-        """What time brings: hosts are probed, idle jobs paused, gaps and sessions given up."""
-        now_s = self._now_s()
-        await self.models.sweep(now_s)
-        await self.jobs.sweep(now_s)
 
     async def call(self, part: str, method: str, arguments: Mapping[str, Any]) -> Any:
         """What a `Link` does: call a method of a part by name. Raises `UserError` for names that there are not."""

@@ -198,7 +198,7 @@ class World:
             models={"tiny": str(self.model_dir)},
             catalogue=CATALOGUE,
             now_s=self.clock,
-            job_limits=JobLimits(start_s=WAIT_S, probe_s=5.0),
+            job_limits=JobLimits(start_s=WAIT_S, probe_s=5.0, misses=2),
             model_limits=ModelLimits(gap_s=30.0, session_s=60.0),
         )
         await self.service.start()
@@ -208,6 +208,12 @@ class World:
         """End the service and begin another one on the same directory and cluster."""
         await self.service.close()
         return await self.start()
+
+    async def sweep(self) -> None:
+        """What time brings, often enough that a host that is gone counts as lost."""
+        for _ in range(2):
+            await self.service.models.sweep(self.clock.now)
+            await self.service.jobs.sweep(self.clock.now)
 
     async def job(self, job_id: str = "one", **config: Any) -> CountingHost:
         """A running job and its host."""

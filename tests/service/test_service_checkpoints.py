@@ -55,7 +55,7 @@ async def test_chains_go_on_after_a_restart_and_begin_anew_on_a_fresh_host(world
     delta = await world.good(model.id, 2, SaveSampler("b"))
     assert (delta.kind, delta.parent) == ("delta", "a")
     world.cluster.kill("one")
-    await world.service.sweep()
+    await world.sweep()
     await world.service.jobs.resume("one")
     await world.service.jobs.wait("one", 20.0)
     fresh = await world.model()
@@ -182,3 +182,16 @@ async def test_deleting_says_what_still_needs_a_checkpoint(world: World) -> None
     assert [one.name for one in await checkpoints.list("one")] == ["d"]
     with pytest.raises(UserError, match="no checkpoint"):
         await checkpoints.delete("one", "c")
+
+
+async def test_a_deleted_job_keeps_its_checkpoints_until_their_time_and_then_leaves_nothing(world: World) -> None:
+    await world.job()
+    model = await world.model()
+    await world.good(model.id, 1, SaveSampler("a", ttl_seconds=10.0))
+    await world.good(model.id, 2, SaveSampler("b", ttl_seconds=10.0))
+    await world.service.jobs.delete("one")
+    delta = await world.service.checkpoints.get("one", "b")
+    assert len(await world.service.checkpoints.chain(delta)) == 2
+    world.clock.now += 11
+    assert len(await world.service.checkpoints.collect(world.clock.now)) == 2
+    assert not (world.data_dir / "jobs" / "one" / "weights").exists()

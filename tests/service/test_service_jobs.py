@@ -40,6 +40,18 @@ async def test_the_id_of_a_deleted_job_is_never_used_again(world: World) -> None
     assert (await world.service.jobs.get("one")).state == "DELETED"
 
 
+async def test_a_deleted_job_is_remembered_with_its_steps_and_its_models_are_gone(world: World) -> None:
+    await world.job()
+    model = await world.model()
+    await world.good(model.id, 1, learn())
+    await world.good(model.id, 2, STEP)
+    await world.service.jobs.delete("one")
+    await world.restart()
+    assert (await world.service.jobs.get("one")).step == 1
+    with pytest.raises(UserError, match="no model"):
+        await world.service.models.info(model.id)
+
+
 async def test_a_job_is_deleted_while_its_host_starts(world: World) -> None:
     world.cluster.gate.clear()
     await world.service.jobs.create(JobConfig("tiny"), "one")
@@ -93,12 +105,14 @@ async def test_a_shape_decides_how_the_host_starts(world: World) -> None:
     assert auto.spec.forward_only
 
 
-async def test_a_host_that_dies_unnoticed_fails_the_job_at_the_next_sweep(world: World) -> None:
+async def test_a_host_that_dies_unnoticed_fails_the_job_when_it_has_missed_enough_probes(world: World) -> None:
     await world.job()
-    await world.service.sweep()
+    await world.sweep()
     assert (await world.service.jobs.get("one")).state == "RUNNING"
     world.cluster.kill("one")
-    await world.service.sweep()
+    await world.service.jobs.sweep(world.clock.now)
+    assert (await world.service.jobs.get("one")).state == "RUNNING"
+    await world.service.jobs.sweep(world.clock.now)
     assert (await world.service.jobs.get("one")).state == "FAILED"
 
 
@@ -109,7 +123,7 @@ async def test_a_host_that_dies_in_a_call_fails_the_operations_and_the_job(world
     requests = [await world.service.models.submit(model.id, seq_id, learn()) for seq_id in (1, 2, 3)]
     await host.entered.wait()
     world.cluster.kill("one")
-    await world.service.sweep()
+    await world.sweep()
     for request in requests:
         failure = await world.outcome(request)
         assert isinstance(failure, Failure)
@@ -156,10 +170,10 @@ async def test_an_idle_job_is_paused_and_frees_its_devices(world: World) -> None
     world.clock.now += 90
     await world.good(model.id, 1, learn())
     world.clock.now += 90
-    await world.service.sweep()
+    await world.sweep()
     assert (await world.service.jobs.get("one")).state == "RUNNING"
     world.clock.now += 20
-    await world.service.sweep()
+    await world.sweep()
     assert (await world.service.jobs.get("one")).state == "PAUSED"
     assert not world.cluster.hosts
     refused = await world.do(model.id, 2, learn())
@@ -176,7 +190,7 @@ async def test_a_busy_job_is_not_idle_however_long_its_operation_takes(world: Wo
     request = await world.service.models.submit(model.id, 1, learn())
     await host.entered.wait()
     world.clock.now += 1000
-    await world.service.sweep()
+    await world.sweep()
     assert (await world.service.jobs.get("one")).state == "RUNNING"
     host.going.set()
     assert not isinstance(await world.outcome(request), Failure)

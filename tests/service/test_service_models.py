@@ -48,10 +48,10 @@ async def test_a_request_that_waits_says_for_what_and_a_gap_is_given_up(world: W
     assert isinstance(pending, Pending)
     assert (pending.waits_for, pending.position) == (1, 1)
     world.clock.now += 29
-    await world.service.sweep()
+    await world.sweep()
     assert isinstance(await world.service.models.retrieve(request, 0.0), Pending)
     world.clock.now += 2
-    await world.service.sweep()
+    await world.sweep()
     failure = await world.outcome(request)
     assert isinstance(failure, Failure)
     assert "number 1 of model" in failure.message
@@ -67,10 +67,10 @@ async def test_outcomes_are_kept_for_minutes_after_they_were_read(world: World) 
     request = await world.service.models.submit(model.id, 1, learn())
     assert await world.outcome(request) == await world.outcome(request)
     world.clock.now += 200
-    await world.service.sweep()
+    await world.sweep()
     assert not isinstance(await world.outcome(request), Failure)
     world.clock.now += 200
-    await world.service.sweep()
+    await world.sweep()
     gone = await world.outcome(request)
     assert isinstance(gone, Failure)
     assert "submit it again" in gone.message
@@ -144,10 +144,10 @@ async def test_a_lost_session_loses_its_adapters_and_not_the_weights_of_a_full_m
     world.clock.now += 50
     await world.service.models.heartbeat(session)
     world.clock.now += 50
-    await world.service.sweep()
+    await world.sweep()
     await world.good(adapter.id, 1, learn())
     world.clock.now += 61
-    await world.service.sweep()
+    await world.sweep()
     with pytest.raises(UserError, match="heartbeat"):
         await world.service.models.submit(adapter.id, 2, learn())
     assert not lora_host.models
