@@ -11,6 +11,7 @@ from rlorch.errors import ModelError
 from rlorch.local import LocalRuntime
 from rlorch.observe.metrics import check
 from rlorch.recipes import distill, sft
+from rlorch.recipes.distill.targets import divergence, reverse_kl_rows
 from rlorch.types import Datum
 
 pytestmark = pytest.mark.engine
@@ -105,13 +106,13 @@ def test_divergences_equal_the_sums_written_out():
     soft = Datum(np.array([3, 4]), {"target_tokens": np.array([[5, 6], [7, 8]]), "weights": weights})
     logprobs = np.log(np.array([[0.5, 0.5], [0.5, 0.2]], np.float32))
     expected = 0.75 * np.log(0.75 / 0.5) + 0.25 * np.log(0.25 / 0.2)
-    assert distill.divergence([soft], [logprobs]) == pytest.approx(expected)
+    assert divergence([soft], [logprobs]) == pytest.approx(expected)
     inputs = {"mask": np.array([0.0, 1, 1]), "logprobs": np.array([0.0, -1.0, -2.0])}
     scores = np.array([-9.0, -1.5, -1.9])
     for center, advantages in ((False, [0, -0.5, 0.1]), (True, [0, -0.3, 0.3])):
-        (row,) = distill.reverse_kl_rows([Datum(np.array([3, 4, 5]), inputs)], [scores], center=center)
+        (row,) = reverse_kl_rows([Datum(np.array([3, 4, 5]), inputs)], [scores], center=center)
         assert row.loss_inputs["advantages"].tolist() == pytest.approx(advantages)
-        assert distill.divergence([row], [np.zeros(3, np.float32)]) == pytest.approx(0.2)
+        assert divergence([row], [np.zeros(3, np.float32)]) == pytest.approx(0.2)
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(small_config, small_model, tmp_path):
