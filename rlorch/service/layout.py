@@ -39,3 +39,12 @@ class Layout:
     def model(self, model_id: str) -> Path:
         """A promoted model's directory."""
         return self.data_dir / "models" / model_id
+
+    def deployment(self, deployment_id: str) -> Path:
+        """A deployment's directory."""
+        return self.data_dir / "deployments" / deployment_id
+
+    @property
+    def base_anchors(self) -> Path:
+        """A weight store of the base models that deployments serve as they are."""
+        return self.data_dir / "base_anchors"

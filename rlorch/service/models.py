@@ -15,8 +15,7 @@ under a new id and the old id takes no more operations.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from uuid import uuid4
@@ -34,15 +33,16 @@ from rlorch.service import references
 from rlorch.service.base_models import BaseModels
 from rlorch.service.jobs import Jobs
 from rlorch.service.operations import Entry, OperationLog
+from rlorch.service.performing import check_model, perform
 from rlorch.service.records import Records
 from rlorch.service.results import Results, Retention
 from rlorch.service.saving import Saver
 from rlorch.service.sessions import Sessions
 from rlorch.service.tables import MODELS, JobRecord, ModelRecord
 from rlorch.service.tasks import Tasks
+from rlorch.service.turns import Turns
 from rlorch.service.types import (
     Failure,
-    Forward,
     ForwardBackward,
     LoadAdapter,
     Loaded,
@@ -52,8 +52,6 @@ from rlorch.service.types import (
     OptimStep,
     Pending,
     Result,
-    SaveSampler,
-    SaveState,
 )
 from rlorch.specs import LoraSpec, ModelSpec
 from rlorch.types import StepResult
@@ -87,14 +85,6 @@ class _Open:
     runner: "asyncio.Task[None] | None" = None
 
 
-@dataclass(slots=True, eq=False)
-class _Line:
-    """What the models of a job share: whose turn it is, and whether the host has gone."""
-
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    gone: "asyncio.Future[str]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-
-
 class Models:
     """The models in training of all jobs. References to jobs are ids or names."""
 
@@ -119,7 +109,7 @@ class Models:
         self._results = Results(limits.results)
         self._requests: dict[str, tuple[str, int]] = {}
         self._open: dict[str, _Open] = {}
-        self._lines: dict[str, _Line] = {}
+        self._turns = Turns()
         self._steps: dict[str, int] = {}
         self._creating = asyncio.Lock()
 
@@ -156,7 +146,7 @@ class Models:
         job_id = job.job.id
         self._sessions.beat(session_id)
         host = self._jobs.host(job_id)
-        _check_model(job, lora, base_only)
+        check_model(job, lora, base_only)
         if str(self._base_models.directory(base_model)) != job.job.model_dir:
             raise UserError(f"job {job_id} trains {job.job.config.base_model} ({job.job.model_dir}), not {base_model}")
         async with self._creating:
@@ -236,7 +226,7 @@ class Models:
 
     async def hosted(self, job_id: str, host: TrainerHost, *, fresh: bool) -> None:
         """Open the job's models on its host; on a fresh one they have lost what they were trained to."""
-        self._lines[job_id] = _Line()
+        self._turns.hosted(job_id)
         for model in list(self._of_job(job_id)):
             record = model.record
             step = await host.open(record.spec)
@@ -253,9 +243,7 @@ class Models:
 
     async def unhosted(self, job_id: str, why: str, *, forget: bool) -> None:
         """Fail what waits and what runs; `forget` the models too."""
-        line = self._lines.pop(job_id, None)
-        if line is not None:
-            line.gone.set_result(why)  # the operation that runs ends by it
+        self._turns.unhosted(job_id, why)  # the operation that runs ends by it
         for model in list(self._of_job(job_id)):
             self._fail(model, model.log.drain(), why, "HostLost")
             if forget:
@@ -309,8 +297,8 @@ class Models:
             for other in [model for model in self._of_job(job_id) if model.record.spec == spec]:
                 await self._close(other, f"session {session_id} attached to it", keep_on_host=True)
         try:
-            async with self._turn(job_id):
-                step = await self._asking(job_id, host.open(spec))
+            async with self._turns.turn(job_id):
+                step = await self._turns.ask(job_id, host.open(spec))
         except ReplicaLostError as error:  # of the service's callers nobody has lost the service
             self._report_loss(job_id, error)
             raise RetryableError(f"job {job_id} lost its host while a model was opened: {error}; resume it") from error
@@ -349,7 +337,7 @@ class Models:
         """Take no more operations; free what it holds on the host, but for a model that trains all weights."""
         info, spec = model.record.info, model.record.spec
         self._fail(model, model.log.drain(), f"model {info.id} is closed: {why}", "ModelClosed")
-        async with self._turn(info.job_id):  # what runs ends first
+        async with self._turns.turn(info.job_id):  # what runs ends first
             if self._open.pop(info.id, None) is None:
                 return
             await self._keep(model, replace(model.record, closed=why))
@@ -357,7 +345,7 @@ class Models:
             if not keep_on_host and not shared and (spec.lora is not None or spec.base_only):
                 try:
                     host = self._jobs.host(info.job_id)
-                    await self._asking(info.job_id, host.close_model(spec.name))
+                    await self._turns.ask(info.job_id, host.close_model(spec.name))
                 except RlorchError as error:  # gone with its host, then
                     _log.info("model %s was closed, and its host said: %s", info.id, error)
         if model.runner is not None:
@@ -384,7 +372,7 @@ class Models:
         job_id = model.record.info.job_id
         operation = model.operations[entry.seq_id]
         try:
-            async with self._turn(job_id):
+            async with self._turns.turn(job_id):
                 return await self._execute(model, entry.seq_id, operation)
         except ReplicaLostError as error:
             self._report_loss(job_id, error)
@@ -408,13 +396,13 @@ class Models:
         info = replace(record.info, next_seq_id=seq_id + 1)
         await self._keep(model, replace(record, info=info, accumulated=accumulates or record.accumulated))
         if model.gradient_lost and isinstance(operation, OptimStep):
-            await self._asking(info.job_id, host.open(record.spec))
+            await self._turns.ask(info.job_id, host.open(record.spec))
             model.gradient_lost = False
             raise RlorchError(
                 f"model {info.id}: the service restarted after a forward_backward, whose gradient is lost; nothing was "
                 "stepped: repeat the forward_backward calls of this step, then step"
             )
-        result = await self._asking(info.job_id, self._ask(host, model.record, operation))
+        result = await self._turns.ask(info.job_id, perform(host, self._saver, model.record, operation))
         if isinstance(result, StepResult | Loaded):
             step = result.version if isinstance(result, StepResult) else result.step
             info = replace(model.record.info, step=step)
@@ -428,56 +416,6 @@ class Models:
     def _report_loss(self, job_id: str, error: ReplicaLostError) -> None:
         """Fail the job, in a task of its own: the one that noticed may be cancelled by what follows."""
         self._tasks.spawn(f"loss of the host of job {job_id}", self._jobs.host_lost(job_id, str(error)))
-
-    async def _ask(self, host: TrainerHost, record: ModelRecord, operation: Operation) -> Result:
-        name = record.spec.name
-        match operation:
-            case Forward():
-                return await host.forward(name, operation.datums, operation.top_k)
-            case ForwardBackward():
-                return await host.forward_backward(name, operation.datums, operation.loss)
-            case OptimStep():
-                return await host.optim_step(name, operation.adam, operation.normalization)
-            case SaveSampler():
-                return await self._saver.sampler(host, record, operation)
-            case SaveState():
-                return await self._saver.state(host, record, operation)
-            case LoadState():
-                return await self._saver.load_state(host, record, operation)
-            case LoadAdapter():
-                return await self._saver.load_adapter(host, record, operation)
-
-    async def _asking(self, job_id: str, call: Any) -> Any:
-        """`call`, cut short when the host is gone: then nobody would ever answer it."""
-        line = self._lines.get(job_id)
-        if line is None:
-            return await call
-        scope = asyncio.timeout(None)
-        try:
-            async with scope:
-
-                def cut(_: object) -> None:
-                    if waiting:
-                        scope.reschedule(asyncio.get_running_loop().time())
-
-                waiting = True
-                line.gone.add_done_callback(cut)
-                try:
-                    return await call
-                finally:
-                    waiting = False
-                    line.gone.remove_done_callback(cut)
-        except TimeoutError as error:
-            if not scope.expired():
-                raise
-            raise ReplicaLostError(line.gone.result()) from error
-
-    @asynccontextmanager
-    async def _turn(self, job_id: str) -> AsyncGenerator[None]:
-        """One at a time per job, in the order of asking."""
-        line = self._lines.setdefault(job_id, _Line())
-        async with line.turn:
-            yield
 
     # --- by name ------------------------------------------------------------------------------------------
 
@@ -517,22 +455,3 @@ def _info(model: _Open) -> ModelInfo:
 
 def _failure(entry: Entry, error: Exception, category: Literal["user", "server"]) -> Failure:
     return Failure(entry.request_id, f"{error}", category, type(error).__name__)
-
-
-def _check_model(job: JobRecord, lora: LoraSpec | None, base_only: bool) -> None:
-    """Whether a job trains such a model. Raises `UserError`."""
-    config, job_id = job.job.config, job.job.id
-    if lora is not None and base_only:
-        raise UserError(f"job {job_id}: base_only is the frozen base without an adapter; leave one of them out")
-    if lora is not None and lora.rank > config.max_lora_rank:
-        allowed = f"adapters up to rank {config.max_lora_rank}" if config.max_lora_rank else "all weights, no adapters"
-        raise UserError(f"job {job_id} trains {allowed} (max_lora_rank); rank {lora.rank} needs another job")
-    if lora is None and not base_only and config.max_lora_rank:
-        raise UserError(
-            f"job {job_id} trains adapters up to rank {config.max_lora_rank}: give a lora rank, or base_only for the "
-            "frozen base; all weights are trained by a job with max_lora_rank 0"
-        )
-    if base_only and not config.max_lora_rank and not config.forward_only:
-        raise UserError(
-            f"job {job_id} trains all weights, so it has no frozen base: create a job with forward_only for it"
-        )
