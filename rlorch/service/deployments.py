@@ -297,7 +297,7 @@ class Deployments:
     def _open(self, record: DeploymentRecord) -> None:
         """Begin a deployment's life from its record."""
         config = record.deployment.config
-        files = DeploymentFiles(self._layout.data_dir / "deployments" / config.id)
+        files = DeploymentFiles(self._layout.deployment(config.id))
         model_dir = record.deployment.model_dir
 
         async def prepare() -> Target:
@@ -351,6 +351,9 @@ class Deployments:
                     life.move_to(target)
         except RlorchError as error:
             await life.refuse(ref, str(error))
+        except Exception as bug:
+            await life.refuse(ref, f"a bug: {bug!r}")
+            raise
 
     async def _end(self, deployment_id: str, why: str) -> None:
         entry = self._entries.pop(deployment_id, None)
@@ -431,6 +434,8 @@ class Deployments:
             for snapshot in entry.life.in_use():
                 if snapshot.job_id is not None:
                     yield snapshot.job_id, snapshot.identity
+            if (transition := entry.life.transition.value) is not None:
+                yield from ((adapter.job_id, adapter.identity) for adapter in transition.target.adapters)
 
 
 def _check(config: DeploymentConfig) -> None:

@@ -31,7 +31,7 @@ class SnapshotSource:
         Raises:
             ModelError, StorageError, DeadlineError: it cannot be read or written.
         """
-        store = self._layout.data_dir / "base_anchors"
+        store = self._layout.base_anchors
         snapshot = await self._anchor(None, BASE, model_dir, store)
         await files.add_snapshot(snapshot, store / "payloads")
         return snapshot
