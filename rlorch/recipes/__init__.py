@@ -1,1 +1,1 @@
-"""Whole runs, each a config and one async function: sft, rl, evaluation, quickstart."""
+"""Whole runs, each a config and one async function: rl, sft, dpo, orpo, distill."""
