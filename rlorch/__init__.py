@@ -15,6 +15,7 @@ _EXPORTS = {
     "rlorch.sdk.job_config": ("CreatedTrainerJob", "TrainerJobConfig", "TrainerServiceEndpoint"),
     "rlorch.sdk.jobs": ("FireworksClient", "TrainerJobManager"),
     "rlorch.sdk.deployments": ("DeploymentConfig", "DeploymentInfo", "DeploymentManager"),
+    "rlorch.sdk.managed": ("FiretitanProvisioningConfig", "ManagedServiceClient"),
     "rlorch.sdk.service_client": ("FiretitanServiceClient", "ServiceClient"),
     "rlorch.sdk.training_client": ("FiretitanTrainingClient", "SaveSamplerResult", "TrainingClient"),
     "rlorch.sdk.sampler": ("DeploymentSampler",),

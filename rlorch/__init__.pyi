@@ -6,6 +6,7 @@ from rlorch.sdk.deployments import DeploymentConfig, DeploymentInfo, DeploymentM
 from rlorch.sdk.futures import ApiFuture
 from rlorch.sdk.job_config import CreatedTrainerJob, TrainerJobConfig, TrainerServiceEndpoint
 from rlorch.sdk.jobs import FireworksClient, TrainerJobManager
+from rlorch.sdk.managed import FiretitanProvisioningConfig, ManagedServiceClient
 from rlorch.sdk.sampled import (
     CheckpointSpan,
     DeploymentSamplerTimeoutError,
@@ -34,11 +35,13 @@ __all__ = [
     "DeploymentManager",
     "DeploymentSampler",
     "DeploymentSamplerTimeoutError",
+    "FiretitanProvisioningConfig",
     "FiretitanSamplingClient",
     "FiretitanServiceClient",
     "FiretitanTrainingClient",
     "FireworksClient",
     "FixedConcurrencyController",
+    "ManagedServiceClient",
     "RenderSpec",
     "SampledCompletion",
     "SampledRequestResult",

@@ -124,11 +124,11 @@ class Hub:
             self._connections.clear()
         if loop is None or thread is None:
             return
-        for connection in connections:
-            try:
-                asyncio.run_coroutine_threadsafe(connection.close(), loop).result(CLOSE_TIMEOUT_S)
-            except Exception as error:
-                log.warning("%s: the link did not close: %s", connection.address, error)
+        ended = asyncio.run_coroutine_threadsafe(_wind_down(connections), loop)
+        try:
+            ended.result(CLOSE_TIMEOUT_S * (1 + len(connections)))
+        except Exception as error:
+            log.warning("the client's connections did not close: %s", error)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(CLOSE_TIMEOUT_S)
 
@@ -140,9 +140,6 @@ class Hub:
             self._loop = loop
             loop.call_soon(ready.set)
             loop.run_forever()
-            for task in asyncio.all_tasks(loop):
-                task.cancel()
-            loop.run_until_complete(asyncio.sleep(0))
             loop.close()
 
         self._thread = threading.Thread(target=run, name="rlorch-sdk", daemon=True)
@@ -197,6 +194,21 @@ class Connection:
             async with self._opening:
                 self._link = self._link or await _connect(self.address, os.environ.get("RLORCH_DATA_DIR"))
         return self._link
+
+
+async def _wind_down(connections: list[Connection]) -> None:
+    """End what runs on the hub's loop, then the links: a heartbeat that came after them would open one again."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    if others:
+        await asyncio.wait(others, timeout=CLOSE_TIMEOUT_S)
+    for connection in connections:
+        try:
+            async with deadline(CLOSE_TIMEOUT_S, f"{connection.address}: the link does not close"):
+                await connection.close()
+        except Exception as error:
+            log.warning("%s: the link did not close: %s", connection.address, error)
 
 
 async def _connect(address: str, data_dir: str | None) -> Link:

@@ -8,7 +8,7 @@ which is how a program that crashed goes on.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinker import types as tt
 
@@ -19,6 +19,9 @@ from rlorch.sdk.session import Session
 from rlorch.sdk.training_client import TrainingClient
 from rlorch.service.types import Job, ModelInfo
 from rlorch.specs import LoraSpec
+
+if TYPE_CHECKING:
+    from rlorch.sdk.managed import ManagedServiceClient
 
 OPEN_TIMEOUT_S = 900.0
 
@@ -54,6 +57,34 @@ class ServiceClient:
         self._session: Session | None = None
         self._created: list[dict[str, Any]] = []
         self._closed = False
+
+    @staticmethod
+    def from_firetitan_config(
+        *,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        inference_url: str | None = None,
+        hotload_api_url: str | None = None,
+        additional_headers: Mapping[str, str] | None = None,
+        verify_ssl: bool | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        **fields: Any,
+    ) -> "ManagedServiceClient":
+        """A client that provisions its own trainer, reference and deployment (`rlorch.sdk.managed`).
+
+        Args:
+            api_key, base_url: see `rlorch.sdk.connection.connect`.
+            inference_url, hotload_api_url, additional_headers, verify_ssl: as hosted services have them; no effect.
+            user_metadata: kept with the session.
+            **fields: of `FiretitanProvisioningConfig`.
+
+        Raises:
+            ConfigError: an unknown field, with the nearest known one, or fields that exclude each other.
+        """
+        from rlorch.sdk.managed import managed_client
+
+        del inference_url, hotload_api_url, additional_headers, verify_ssl
+        return managed_client(fields, api_key, base_url, user_metadata)
 
     @property
     def session_id(self) -> str:

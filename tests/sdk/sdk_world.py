@@ -99,6 +99,9 @@ class FakeService:
         self.jobs[job_id] = replace(self.jobs[job_id], state="RUNNING")
         return self.jobs[job_id]
 
+    async def jobs_delete(self, job_id: str) -> None:
+        self.jobs[job_id] = replace(self.jobs[job_id], state="DELETED")
+
     # --- models -------------------------------------------------------------------------------------------
 
     async def models_create_session(self, metadata: Any) -> str:

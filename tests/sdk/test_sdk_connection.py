@@ -103,6 +103,26 @@ def test_closing_the_hub_closes_links_and_a_later_call_starts_it_again(
     assert hub.submit(asyncio.sleep(0, "again")).result(5) == "again"
 
 
+def test_a_heartbeat_does_not_open_a_link_again_that_was_closed(
+    connection: Connection, service: FakeService, hub: Hub
+) -> None:
+    hub._connections["local"] = connection
+    stopped_before_the_link = threading.Event()
+
+    async def beat() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            if not service.closed:
+                stopped_before_the_link.set()
+
+    hub.submit(beat())
+    connection.call("jobs", "get", job_id="job-1")
+    hub.close()
+    assert service.closed
+    assert stopped_before_the_link.is_set()
+
+
 # --- futures ----------------------------------------------------------------------------------------------
 
 
