@@ -83,10 +83,14 @@ class Deployments:
     async def start(self) -> None:
         """Go on with every deployment that was there: running replicas are found, the others started. Idempotent."""
         for deployment_id, record in self._records.list(DEPLOYMENTS).items():
-            if deployment_id not in self._entries and record.deployment.state not in ("FAILED", "DELETED"):
-                self._open(record)
-                if record.moving is not None:
-                    self._begin(self._entries[deployment_id], record.moving)
+            if deployment_id in self._entries:
+                continue
+            if record.deployment.state in ("FAILED", "DELETED"):
+                await self._clean(record.deployment)
+                continue
+            self._open(record)
+            if record.moving is not None:
+                self._begin(self._entries[deployment_id], record.moving)
 
     async def close(self) -> None:
         """Let go of the deployments; their replicas go on. Idempotent."""
@@ -358,6 +362,7 @@ class Deployments:
     async def _end(self, deployment_id: str, why: str) -> None:
         entry = self._entries.pop(deployment_id, None)
         if entry is None:
+            await DeploymentFiles(self._layout.deployment(deployment_id)).delete()
             return
         entry.life.end(UserError(f"deployment {deployment_id} {why}"))
         try:
@@ -367,6 +372,19 @@ class Deployments:
             _log.warning("%s", error)
             entry.task.cancel()
         await entry.files.delete()
+
+    async def _clean(self, deployment: Deployment) -> None:
+        """End what is left of a deployment that had ended when the service died: its files tell that there is."""
+        files = DeploymentFiles(self._layout.deployment(deployment.config.id))
+        if not files.root.exists():
+            return
+        try:
+            async with deadline(END_TIMEOUT_S, f"replicas of deployment {deployment.config.id} do not end"):
+                for index in range(deployment.config.max_replicas):
+                    await self._cluster.stop_sampler(f"{deployment.config.id}.{index}")
+            await files.delete()
+        except RlorchError as error:
+            _log.warning("deployment %s is not cleaned up: %s", deployment.config.id, error)
 
     async def _save(self, life: DeploymentLife) -> None:
         """Write what the deployment is found again by."""

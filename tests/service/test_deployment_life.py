@@ -8,6 +8,7 @@ import pytest
 from deployment_world import PROMPT_T, SETTINGS, START_S, SimCluster, World, play
 
 from rlorch.errors import AbortedError, DeadlineError, ModelError, ReplicaLostError, UserError
+from rlorch.service.deployments import DEPLOYMENTS
 from rlorch.service.types import DeploymentConfig
 from rlorch.sim.queueing import EngineModel
 from rlorch.sim.sampler import SimSamplerConfig
@@ -387,6 +388,24 @@ def test_a_deployment_at_zero_comes_back_at_zero_and_stray_replicas_are_stopped(
             assert cluster.samplers == {}
             assert (await world.deployments.get("d")).state == "READY"
             await world.sample("r")
+
+    play(scenario)
+
+
+def test_a_service_that_died_while_it_deleted_a_deployment_finishes_when_it_is_back(tmp_path):
+    async def scenario() -> None:
+        cluster = SimCluster()
+        async with World(tmp_path, cluster) as world:
+            await world.ready()
+            record = world.records.get(DEPLOYMENTS, "d")
+            await world.deployments.close()
+            deleted = replace(record, deployment=replace(record.deployment, state="DELETED"))
+            await world.records.put(DEPLOYMENTS, "d", deleted)
+        assert sorted(cluster.samplers) == ["d.0"]
+        async with World(tmp_path, cluster) as world:
+            assert cluster.samplers == {}
+            assert not (tmp_path / "data/deployments/d").exists()
+            await world.ready()
 
     play(scenario)
 
