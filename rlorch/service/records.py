@@ -80,8 +80,12 @@ class Records:
 
         Raises:
             StorageError: the disk is full or fails; nothing changed.
+            UserError: it holds what JSON cannot.
         """
-        text = kind.adapter.dump_json(value).decode()
+        try:
+            text = kind.adapter.dump_json(value).decode()
+        except ValueError as error:
+            raise UserError(f"{kind.name} {record_id} cannot be kept as JSON: {error}") from error
         await self._write(
             "INSERT INTO records VALUES (?, ?, ?) ON CONFLICT (kind, id) DO UPDATE SET value = excluded.value",
             (kind.name, record_id, text),

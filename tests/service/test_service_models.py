@@ -162,6 +162,8 @@ async def test_a_model_needs_a_running_job_a_session_and_the_jobs_base(world: Wo
     session = await world.service.models.create_session({})
     with pytest.raises(UserError, match="unknown"):
         await world.service.models.create("one", "nobody", "tiny")
+    with pytest.raises(UserError, match="JSON"):
+        await world.service.models.create_session({"what": object()})
     with pytest.raises(UserError, match="neither a directory"):
         await world.service.models.create("one", session, "other")
     await world.service.jobs.delete("one")
