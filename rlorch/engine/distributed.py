@@ -253,7 +253,10 @@ def part_of(tensor: Tensor, group: Group) -> Part:
         counts = [tensor.numel()] + [0] * (group.world - 1)
         return Part(shape, 0, rows if group.rank == 0 else 0, counts)
     if not all(placement.is_shard(0) for placement in tensor.placements):
-        raise ModelError(f"a tensor of shape {shape} is sharded as {tensor.placements}, not by rows")
+        raise ModelError(
+            f"a tensor of shape {shape} is not sharded by rows: checkpoints of this model split or join its weights, "
+            "as for a mixture of experts, which several ranks cannot export; set trainer.ranks to 1"
+        )
     size, offset = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
     block = -(-rows // group.world)  # as torch.chunk cuts
     held = [min(block, max(0, rows - rank * block)) for rank in range(group.world)]

@@ -111,6 +111,11 @@ class Served:
 
 def served(model: Any, dtype: torch.dtype, group: Group) -> Served:
     """Copies of the weights as samplers get them. Raises `ModelError` for weights that are not sharded by rows."""
-    parts = {name: part_of(tensor, group) for name, tensor in checkpoint_tensors(model).items()}
+    parts = served_parts(model, group)
     bits, dtypes = bit_views(serving_tensors(model, dtype))
     return Served(bits, dtypes, parts, dtype, group)
+
+
+def served_parts(model: Any, group: Group) -> dict[str, Part]:
+    """Which rows of what samplers get this rank holds. Raises `ModelError` for weights that are not sharded by rows."""
+    return {name: part_of(tensor, group) for name, tensor in checkpoint_tensors(model).items()}

@@ -28,7 +28,7 @@ from rlorch.engine.distributed import check_ranks, join, local, part_of
 from rlorch.engine.forward import score
 from rlorch.engine.learner import Learner
 from rlorch.engine.model import load_policy, resolve_device
-from rlorch.engine.serving import Bits, resolve_serve_dtype, served
+from rlorch.engine.serving import Bits, resolve_serve_dtype, served, served_parts
 from rlorch.engine.tokenizer import load_tokenizer
 from rlorch.engine.top_k import score_top_k
 from rlorch.errors import StorageError, UserError, WeightsError
@@ -76,6 +76,8 @@ class TorchTrainer:
             activation_checkpointing=spec.activation_checkpointing,
             group=self._group,
         )
+        if self._group.world > 1:
+            served_parts(self._policy.model, self._group)  # refuse what cannot be exported now, not after a step
         self._parameters = dict(self._policy.model.named_parameters())
         self._learner = Learner(self._policy, spec, self._parameters)
         self._exported: Exported | None = None

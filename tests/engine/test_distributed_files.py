@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
-from ranks import fill_disk, load, on_ranks, publish, refused_load, save
+from ranks import fill_disk, load, on_ranks, publish, refused_load, run_ranks, save
 from safetensors.torch import load_file
 from trainer_builders import tiny_model
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from rlorch.engine import files
+from rlorch.errors import ModelError
 from rlorch.weights.codec import apply_update, decode_update
 
 pytestmark = pytest.mark.engine
@@ -126,3 +128,24 @@ def test_missing_pieces_are_noticed(tmp_path):
     assert torch.equal(rows, torch.tensor([[3.0, 4.0, 5.0], [0.0, 1.0, 2.0]]))
     ((_, none),) = files.read_tensors(tmp_path, "weights", {"a": (4, 0)})
     assert none.shape == (0, 3)
+
+
+def test_a_model_that_ranks_could_not_export_is_refused_at_the_start(model, tmp_path):
+    config = Qwen3MoeConfig(
+        vocab_size=128,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        moe_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "moe")
+    for error in run_ranks(2, publish, tmp_path, str(tmp_path / "moe"), "bfloat16", str(tmp_path / "out")):
+        assert isinstance(error, ModelError)
+        assert "mixture of experts" in str(error)
+        assert "set trainer.ranks to 1" in str(error)
