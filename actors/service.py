@@ -5,6 +5,8 @@ finds its trainer hosts and replicas by name and its records in the data directo
 """
 
 import asyncio
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,10 @@ class ServiceActor:
         """Call a public method of a part of the service."""
         service = await self._started()
         return await service.call(part, method, arguments)
+
+    async def pid(self) -> int:
+        """Its process."""
+        return os.getpid()
 
     async def data_dir(self) -> str:
         """Where it keeps its records."""
@@ -99,6 +105,18 @@ async def connect(address: str | None, data_dir: str | None) -> RayLink:
             f"the service of this cluster keeps its records in {found}, not in {wanted}: leave data_dir out"
         )
     return RayLink(remote)
+
+
+async def process_id() -> int:
+    """The service's process on its node. Raises ValueError when there is no service."""
+    remote = Remote(NAME, ray.get_actor(NAME, namespace=NAMESPACE))
+    return await remote.call("pid", timeout_s=30.0)
+
+
+async def end() -> None:
+    """End the service for good, not what it started: a next one finds that. Does nothing when there is none."""
+    with suppress(ValueError):
+        ray.kill(ray.get_actor(NAME, namespace=NAMESPACE), no_restart=True)
 
 
 def _join(address: str | None) -> None:

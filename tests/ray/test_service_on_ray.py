@@ -1,0 +1,128 @@
+"""The service as detached actors: it outlives its client, its own process and its trainers."""
+
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from rlorch.service.ports import Link
+from rlorch.service.types import (
+    Checkpoint,
+    DeploymentConfig,
+    Failure,
+    ForwardBackward,
+    Job,
+    JobConfig,
+    LoadState,
+    ModelInfo,
+    OptimStep,
+    Pending,
+    SaveSampler,
+    SaveState,
+)
+from rlorch.types import AdamParams, Datum, LossSpec, SamplingParams, StepResult
+
+pytestmark = [pytest.mark.ray, pytest.mark.asyncio(loop_scope="module")]
+
+WAIT_S = 180.0
+ROW = Datum(np.array([1, 2, 3, 4]), {"target_tokens": np.array([2, 3, 4, 5]), "weights": np.ones(4, np.float32)})
+TRAIN = (ForwardBackward((ROW,), LossSpec("cross_entropy")), OptimStep(AdamParams(learning_rate=1e-3)))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def link(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Link]:
+    import ray
+
+    from actors.service import connect
+    from actors.service import end as end_service
+
+    yield await connect(None, str(tmp_path_factory.mktemp("service")))
+    await end_service()
+    for name in ray.util.list_named_actors(all_namespaces=True):
+        if name["namespace"] == "rlorch":
+            ray.kill(ray.get_actor(name["name"], namespace="rlorch"))
+
+
+async def start_job(link: Link, model_dir: Path, **fields: Any) -> Job:
+    job = await link.call("jobs", "create", config=JobConfig(base_model=str(model_dir), **fields))
+    job = await link.call("jobs", "wait", job_id=job.id, timeout_s=WAIT_S)
+    assert job.state == "RUNNING", job.message
+    return job
+
+
+async def open_model(link: Link, job: Job) -> ModelInfo:
+    session_id = await link.call("models", "create_session", metadata={})
+    return await link.call(
+        "models", "create", job_id=job.id, session_id=session_id, base_model=job.model_dir, lora=None, base_only=False
+    )
+
+
+async def perform(link: Link, model: ModelInfo, *operations: Any) -> list[Any]:
+    """Submit all, then wait for all."""
+    info: ModelInfo = await link.call("models", "info", model_id=model.id)
+    requests = [
+        await link.call("models", "submit", model_id=model.id, seq_id=info.next_seq_id + i, operation=operation)
+        for i, operation in enumerate(operations)
+    ]
+    results = [await link.call("models", "retrieve", request_id=request, wait_s=WAIT_S) for request in requests]
+    assert not [result for result in results if isinstance(result, Failure | Pending)], results
+    return results
+
+
+async def test_a_step_reaches_a_deployment_and_a_dead_service_comes_back_to_both(link: Link, model_dir: Path) -> None:
+    from actors.service import process_id
+
+    job = await start_job(link, model_dir)
+    model = await open_model(link, job)
+    config = DeploymentConfig(
+        "serving", str(model_dir), hot_load_trainer_job=job.name, engine="transformers", max_model_len=64
+    )
+    await link.call("deployments", "create", config=config)
+    *_, step, base, _, _, delta = await perform(
+        link, model, *TRAIN, SaveSampler("first"), *TRAIN, SaveSampler("second")
+    )
+    assert isinstance(base, Checkpoint)
+    assert isinstance(delta, Checkpoint)
+    assert isinstance(step, StepResult)
+    assert (base.kind, delta.kind, delta.parent) == ("base", "delta", "first")
+    assert (await link.call("deployments", "wait", id="serving", timeout_s=WAIT_S)).state == "READY"
+
+    os.kill(await process_id(), signal.SIGKILL)
+    await link.call("deployments", "hot_load", id="serving", identity="second")
+    served = await link.call("deployments", "wait_for_snapshot", id="serving", identity="second", timeout_s=WAIT_S)
+    assert served.snapshot_identity == "second"
+    params = SamplingParams(max_tokens=4)
+    prompt_T = np.array([1, 2, 3], np.int32)
+    sampled = await link.call("deployments", "sample", id="serving", prompt_T=prompt_T, params=params, request_id="r1")
+    assert set(sampled.identities.values()) == {"second"}
+    assert set(sampled.digests.values()) == {delta.digest}
+    (result, step) = await perform(link, model, *TRAIN)
+    assert step.version == 3, "the trainer went on from where it was"
+    assert len(result.logprobs) == 1
+    await link.call("deployments", "delete", id="serving")  # their cores are for the next test
+    await link.call("jobs", "delete", job_id=job.id)
+
+
+async def test_a_killed_trainer_is_a_failed_job_that_resumes_and_loads_its_state(link: Link, model_dir: Path) -> None:
+    import ray
+
+    job = await start_job(link, model_dir)
+    model = await open_model(link, job)
+    await perform(link, model, *TRAIN, SaveState("step-1"))
+    ray.kill(ray.get_actor(f"host.{job.id}.0", namespace="rlorch"))
+    request = await link.call("models", "submit", model_id=model.id, seq_id=4, operation=TRAIN[0])
+    failure = await link.call("models", "retrieve", request_id=request, wait_s=WAIT_S)
+    assert isinstance(failure, Failure)
+    assert failure.category == "server"
+    assert (await link.call("jobs", "get", job_id=job.id)).state == "FAILED"
+    await link.call("jobs", "resume", job_id=job.id)
+    job = await link.call("jobs", "wait", job_id=job.id, timeout_s=WAIT_S)
+    assert job.state == "RUNNING", job.message
+    model = await open_model(link, job)
+    loaded, _, step = await perform(link, model, LoadState("step-1", optimizer=True), *TRAIN)
+    assert (loaded.step, step.version) == (1, 2)
