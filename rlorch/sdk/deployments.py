@@ -52,8 +52,8 @@ class DeploymentConfig:
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
-    tensor_parallel: int = 1
-    max_loras: int = 4
+    tensor_parallel: int | None = None
+    max_loras: int | None = None
     max_lora_rank: int = 64
     idle_timeout_s: float | None = None
     expected_deployment_shape: str | None = None

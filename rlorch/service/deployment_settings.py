@@ -33,13 +33,15 @@ class DeploymentSettings:
     cooldown_s: float = 30.0
 
     def runtime(self, config: DeploymentConfig, model_dir: str, run_dir: str) -> RuntimeSpec:
-        """How a deployment's replicas are started. One adapter more than are kept fits: a new one loads beside them."""
+        """How a deployment's replicas are started, from its resolved config. One adapter more than are kept fits: a
+        new one loads beside them."""
         sampler = self.sampler.model_copy(
             update={
                 "engine": config.engine,
                 "max_model_len": config.max_model_len or self.sampler.max_model_len,
                 "max_num_seqs": config.max_num_seqs,
-                "tensor_parallel": config.tensor_parallel,
+                "tensor_parallel": config.tensor_parallel or self.sampler.tensor_parallel,
+                "gpu_memory_fraction": config.gpu_memory_fraction or self.sampler.gpu_memory_fraction,
                 "max_loras": config.max_loras + 1 if config.max_loras else 0,
                 "max_lora_rank": config.max_lora_rank,
             }

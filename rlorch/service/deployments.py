@@ -9,25 +9,29 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, get_args
 from uuid import uuid4
 
 from rlorch.aio import deadline
 from rlorch.errors import DeadlineError, ReplicaLostError, RlorchError, UserError
 from rlorch.service import references
-from rlorch.service.base_models import BaseModels
+from rlorch.service.base_models import BaseModels, context_length
 from rlorch.service.checkpoints import Checkpoints
 from rlorch.service.deployment import DeploymentLife
 from rlorch.service.deployment_files import DeploymentFiles, snapshot_key
 from rlorch.service.deployment_settings import DeploymentRecord, DeploymentSettings, SnapshotRef
+from rlorch.service.deployment_specs import resolve
 from rlorch.service.hot_load import BASE, Adapter, Target, check_previous
 from rlorch.service.layout import Layout
 from rlorch.service.ports import Cluster
 from rlorch.service.records import Kind, Records
 from rlorch.service.replicas import ServingReplica
 from rlorch.service.snapshot_source import SnapshotSource
+from rlorch.service.tables import JOBS
 from rlorch.service.tasks import Tasks
 from rlorch.service.types import Deployment, DeploymentConfig, Sampled, TransitionType
+from rlorch.shapes import Catalogue
 from rlorch.types import Floats, SamplingParams, Tokens
 
 DEPLOYMENTS = Kind("deployment", DeploymentRecord)
@@ -63,6 +67,7 @@ class Deployments:
         tasks: Tasks,
         checkpoints: Checkpoints,
         base_models: BaseModels,
+        catalogue: Catalogue,
         now_s: Callable[[], float],
         settings: DeploymentSettings | None = None,
     ) -> None:
@@ -71,6 +76,7 @@ class Deployments:
         self._cluster = cluster
         self._tasks = tasks
         self._base_models = base_models
+        self._catalogue = catalogue
         self._now_s = now_s
         self._settings = settings or DeploymentSettings()
         self._source = SnapshotSource(cluster, checkpoints, layout, self._settings.trainer.serve_dtype)
@@ -113,7 +119,8 @@ class Deployments:
             record = self._records.get(DEPLOYMENTS, config.id)
             if record is not None and self._view(record).state not in ("FAILED", "DELETED"):
                 return self._view(record)
-            model_dir = str(self._base_models.directory(config.base_model))
+            directory = self._base_models.directory(config.base_model)
+            config, model_dir = self._resolved(config, directory), str(directory)
             await self._end(config.id, "was replaced")
             now_s = self._now_s()
             deployment = Deployment(config, "CREATING", "", now_s, now_s, model_dir)
@@ -121,6 +128,13 @@ class Deployments:
             await self._records.put(DEPLOYMENTS, config.id, record)
             self._open(record)
             return self._view(record)
+
+    def _resolved(self, config: DeploymentConfig, model_dir: Path) -> DeploymentConfig:
+        shape = None if config.deployment_shape is None else self._catalogue.deployment(config.deployment_shape)
+        trainer = config.hot_load_trainer_job
+        record = None if trainer is None else self._records.get(JOBS, references.job_id(trainer))
+        job = None if record is None else record.job.config
+        return resolve(config, shape=shape, model_context=context_length(model_dir), job=job)
 
     async def get(self, id: str) -> Deployment:  # noqa: A002 - the contract's name
         """A deployment, deleted ones included. Idempotent. Raises `UserError` naming those that there are."""
@@ -349,7 +363,7 @@ class Deployments:
         try:
             async with entry.filing:
                 checkpoint = await self._source.checkpoint(ref.job_id, ref.identity)
-                model_dir, max_loras = life.deployment.model_dir, life.config.max_loras
+                model_dir, max_loras = life.deployment.model_dir, life.config.max_loras or 0
                 target = await self._source.target(checkpoint, transition.good, model_dir, entry.files, max_loras)
                 if life.wanted == ref:
                     life.move_to(target)
@@ -467,7 +481,7 @@ def _check(config: DeploymentConfig) -> None:
         raise UserError(f"hot_load_transition_type {config.hot_load_transition_type!r} must be ASYNC or SYNC")
     if config.hot_load_trainer_job is not None:
         references.job_id(config.hot_load_trainer_job)
-    if config.max_loras < 0 or config.max_num_seqs < 1:
+    if (config.max_loras or 0) < 0 or config.max_num_seqs < 1:
         raise UserError(f"deployment {config.id}: max_loras must be at least 0 and max_num_seqs at least 1")
 
 

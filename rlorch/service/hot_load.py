@@ -137,7 +137,7 @@ def with_adapter(target: Target, base: Snapshot, adapter: Adapter, bound: int) -
     """
     kept = target.adapters if target.snapshot.same_weights(base) else ()
     others = [other for other in kept if other.name != adapter.name]
-    return Target(base, (*others[len(others) - bound + 1 :], adapter) if bound > 1 else (adapter,), adapter)
+    return Target(base, (*others[max(len(others) - bound + 1, 0) :], adapter), adapter)
 
 
 def used(target: Target, adapter: Adapter) -> Target:

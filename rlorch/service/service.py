@@ -85,6 +85,7 @@ class Service:
         self._tasks = Tasks()
         self.records = Records(data_dir)
         layout = Layout(data_dir)
+        catalogue = catalogue or Catalogue.load()
         base_models = BaseModels(models or {}, self.records)
         self.checkpoints = Checkpoints(self.records, layout, now_s)
         self.jobs = Jobs(
@@ -94,7 +95,7 @@ class Service:
             self._tasks,
             self.checkpoints,
             base_models,
-            catalogue or Catalogue.load(),
+            catalogue,
             now_s,
             job_limits or JobLimits(),
         )
@@ -103,7 +104,9 @@ class Service:
             self.records, self.jobs, saver, self._tasks, base_models, now_s, model_limits or ModelLimits()
         )
         self.jobs.attach(self.models)
-        self.deployments = Deployments(self.records, layout, cluster, self._tasks, self.checkpoints, base_models, now_s)
+        self.deployments = Deployments(
+            self.records, layout, cluster, self._tasks, self.checkpoints, base_models, catalogue, now_s
+        )
 
     async def start(self) -> None:
         """Take up what the records say: hosts and replicas that still run are found, others fail or start again."""

@@ -263,7 +263,8 @@ TransitionType = Literal["ASYNC", "SYNC"]
 class DeploymentConfig:
     """What a deployment is created from. `base_model` as in `JobConfig`; `hot_load_trainer_job` a job's name or id.
 
-    `min_replicas` 0 lets it scale to zero; it wakes on a request. `max_loras` > 0 serves adapters.
+    `min_replicas` 0 lets it scale to zero; it wakes on a request. `max_loras` > 0 serves adapters. What is None comes
+    from the shape, the trainer job and the model (`rlorch.service.deployment_specs`).
     """
 
     id: str
@@ -276,8 +277,9 @@ class DeploymentConfig:
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
-    tensor_parallel: int = 1
-    max_loras: int = 4
+    tensor_parallel: int | None = None
+    gpu_memory_fraction: float | None = None
+    max_loras: int | None = None
     max_lora_rank: int = 64
     idle_timeout_s: float | None = None
     description: str = ""

@@ -20,6 +20,7 @@ from rlorch.service.records import Records
 from rlorch.service.replicas import ReplicaTimeouts
 from rlorch.service.tasks import Tasks
 from rlorch.service.types import Checkpoint, CheckpointKind, DeploymentConfig
+from rlorch.shapes import Catalogue
 from rlorch.sim.loop import run_virtual
 from rlorch.sim.sampler import SimSampler, SimSamplerConfig
 from rlorch.specs import Dtype, HostSpec, RuntimeSpec, WeightsSpec
@@ -281,6 +282,7 @@ class World:
             self.tasks,
             self.checkpoints,
             BaseModels({"base": str(self.model_dir)}, self.records),
+            Catalogue.load(),
             self.now_s,
             self.settings,
         )
