@@ -9,6 +9,8 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from rlorch.journal.journal import LOCK_NAME
+from rlorch.journal.lock import RunLock
 from rlorch.ports import Trainer
 from rlorch.recipes.checkpoints import Checkpoints
 from rlorch.recipes.run_dir import RunDir
@@ -67,9 +69,14 @@ class Loop:
         self, step: Step, *, evaluate: Callable[[], Awaitable[Mapping[str, float]]] | None = None, stop: asyncio.Event
     ) -> dict[str, float]:
         """Train to `config.steps` and export the model; returns the last step's metrics. With `stop` set, ends after
-        the running step, with a checkpoint."""
+        the running step, with a checkpoint.
+
+        Raises:
+            ResumeError: another driver is at work in the run directory.
+        """
         config, trainer = self._config, self._trainer
         assert isinstance(config, Spec), "recipe configs are Specs"
+        lock = RunLock(self._run_dir.path / LOCK_NAME)
         sink = self._run_dir.sinks(config.observe, config.name, config)
         metrics: dict[str, float] = {}
         try:
@@ -86,6 +93,7 @@ class Loop:
                 await self._run_dir.export(trainer)
         finally:
             sink.close()
+            lock.release()
         return metrics
 
 

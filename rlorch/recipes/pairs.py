@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rlorch.data import DataSpec, load_rows, preference_pair, split_held_out
 from rlorch.data.rows import Row
@@ -27,7 +28,7 @@ def read_pairs(data: DataSpec, held_out: HeldOutSpec, render: RenderSpec) -> Inp
     """
     rows = load_rows(data)
     found = [preference_pair(row, f"{data.source} row {i}", render.prompt_field) for i, row in enumerate(rows, 1)]
-    pairs = [pair for pair in found if pair is not None]
+    pairs = [pair | _tools(row, render) for row, pair in zip(rows, found, strict=True) if pair is not None]
     if len(pairs) < len(rows):
         log.warning("%s: %d rows prefer no answer and are left out", data.source, len(rows) - len(pairs))
     if not pairs:
@@ -40,13 +41,18 @@ def render_pair(row: Row, tokenizer: Tokenizer, train_on: TrainOn, render: Rende
     """Both conversations of a pair. Raises `DataError`: an answer of no tokens, or what `render_supervised` refuses."""
 
     def rendered(answer: str) -> Datum:
-        whole = {render.prompt_field: row[render.prompt_field], "completion": row[answer]}
+        whole = {render.prompt_field: row[render.prompt_field], "completion": row[answer]} | _tools(row, render)
         example = render_supervised(supervised_example(whole, render), tokenizer, train_on, render)
         if not example.weights_T[1:].any():
             raise DataError(f"the {answer} answer to {str(row[render.prompt_field])[:80]!r} has no tokens to learn")
         return to_datum(example.tokens_T, example.weights_T)
 
     return rendered("chosen"), rendered("rejected")
+
+
+def _tools(row: Row, render: RenderSpec) -> dict[str, Any]:
+    """The tools that both answers may call, where the row has any."""
+    return {render.tools_field: row[render.tools_field]} if render.tools_field in row else {}
 
 
 def interleaved(pairs: Sequence[Pair]) -> list[Datum]:

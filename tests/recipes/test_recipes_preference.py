@@ -1,6 +1,7 @@
 """DPO and ORPO on a tiny model in this process: they learn, resume to the same bits, and leave nothing running."""
 
 import asyncio
+import json
 import math
 from pathlib import Path
 
@@ -8,12 +9,18 @@ import numpy as np
 import pytest
 from recipe_builders import metrics_of, weights_of
 
-from rlorch.errors import DataError
+from rlorch.data import DataSpec
+from rlorch.errors import DataError, ResumeError
+from rlorch.journal.journal import LOCK_NAME
+from rlorch.journal.lock import RunLock
 from rlorch.local import LocalRuntime
 from rlorch.observe.metrics import check
 from rlorch.observe.report import write_report
 from rlorch.recipes import dpo, orpo
+from rlorch.recipes.pairs import read_pairs
 from rlorch.recipes.reference_cache import FILE
+from rlorch.recipes.sections import HeldOutSpec
+from rlorch.render.prompt import RenderSpec
 
 pytestmark = pytest.mark.engine
 
@@ -175,3 +182,27 @@ def test_rows_without_any_preference_are_refused_before_anything_starts(recipe, 
     config = recipe.Config(**small_config([{"prompt": "a", "completion": "b"}], steps=1))
     with pytest.raises(DataError, match=r"rows.jsonl row 1: no preference"):
         recipe.prepare(config)
+
+
+def test_two_drivers_do_not_train_in_one_run_directory(small_config):
+    config = orpo.Config(**small_config(pair_rows(), steps=1, batch_size=2, optimizer={"learning_rate": 1e-3}))
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True)
+    other = RunLock(run_dir / LOCK_NAME)
+    with pytest.raises(ResumeError, match="is being written by pid"):
+        asyncio.run(train(orpo, config))
+    other.release()
+    asyncio.run(train(orpo, config))
+
+
+def test_both_answers_of_a_pair_see_the_rows_tools(tmp_path):
+    tools = [{"type": "function", "function": {"name": "clock", "description": "the time", "parameters": {}}}]
+    messages = {
+        "chosen": [{"role": "assistant", "content": "now"}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
+    row = {"prompt": [{"role": "user", "content": "when?"}], **messages, "tools": tools}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    data = DataSpec(source=str(tmp_path / "rows.jsonl"))
+    (read,) = read_pairs(data, HeldOutSpec(num_prompts=0), RenderSpec(chat=True)).train_rows
+    assert read["tools"] == tools
