@@ -279,9 +279,16 @@ class Deployments:
         arrived = loop.time()
         async with life.requests.alive(request_id):
             num_concurrent = len(life.requests)
-            adapter = await self._choose(life, params.adapter if identity is None else identity)
-            chosen = replace(params, adapter=None if adapter is None else adapter.name)
-            completions, made = await life.requests.sample(prompt_T, chosen, request_id, session)
+            while True:
+                adapter = await self._choose(life, params.adapter if identity is None else identity)
+                chosen = replace(params, adapter=None if adapter is None else adapter.name)
+                try:
+                    completions, made = await life.requests.sample(prompt_T, chosen, request_id, session)
+                    break
+                except UserError:
+                    if adapter is None or _holds(life, adapter):
+                        raise
+                    # The hot load that took the adapter away ended while the request waited for a replica.
         return Sampled(
             completions=completions,
             identities=made.identities,
@@ -487,6 +494,11 @@ def _check(config: DeploymentConfig) -> None:
 
 def _serves(target: Target, identity: str) -> bool:
     return target.adapter(identity) is not None or identity == target.snapshot.identity
+
+
+def _holds(life: DeploymentLife, adapter: Adapter) -> bool:
+    transition = life.transition.value
+    return transition is None or adapter in transition.good.adapters
 
 
 def _loading(life: DeploymentLife, identity: str | None) -> bool:

@@ -66,7 +66,7 @@ def test_opening_again_keeps_everything_but_the_gradient(host, caplog):
     before = host.forward("a", DATUMS)
     with caplog.at_level(logging.WARNING):
         assert host.open(A) == 1
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("rlorch")]
     host.forward_backward("a", DATUMS, TIS)
     host.forward_backward("b", DATUMS, TIS)
     with caplog.at_level(logging.WARNING):

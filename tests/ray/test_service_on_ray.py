@@ -1,5 +1,6 @@
 """The service as detached actors: it outlives its client, its own process and its trainers."""
 
+import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -119,7 +120,11 @@ async def test_a_killed_trainer_is_a_failed_job_that_resumes_and_loads_its_state
     failure = await link.call("models", "retrieve", request_id=request, wait_s=WAIT_S)
     assert isinstance(failure, Failure)
     assert failure.category == "server"
-    assert (await link.call("jobs", "get", job_id=job.id)).state == "FAILED"
+    for _ in range(100):  # the operation fails first, then the job
+        if (job := await link.call("jobs", "get", job_id=job.id)).state == "FAILED":
+            break
+        await asyncio.sleep(0.1)
+    assert job.state == "FAILED"
     await link.call("jobs", "resume", job_id=job.id)
     job = await link.call("jobs", "wait", job_id=job.id, timeout_s=WAIT_S)
     assert job.state == "RUNNING", job.message
