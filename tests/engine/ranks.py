@@ -61,8 +61,8 @@ def run_ranks(world, program, directory, *args, deadline_s=DEADLINE_S):
 
 
 def on_ranks(world, program, directory, *args, **options):
-    """`run_ranks`, where all ranks must succeed. One rank too has a process of its own: what other tests did to this one
-    (threads, an engine's numeric flags) changes last bits."""
+    """`run_ranks`, where all ranks must succeed. One rank too has a process of its own: what other tests did to this
+    one (threads, an engine's numeric flags) changes last bits."""
     results = run_ranks(world, program, directory, *args, **options)
     for result in results:
         if isinstance(result, Exception):
