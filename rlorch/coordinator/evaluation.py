@@ -32,7 +32,11 @@ class EvaluationSpec(Spec):
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Mean held-out reward of one version. `failures` counts rollouts without a score; they are left out."""
+    """Mean held-out reward of one version. `failures` counts rollouts without a score; they are left out.
+
+    `weights_digest` names the weights' content (`Manifest.digest`), `prompts_digest` the exact prompt set
+    (xxh3-128 of the run's held_out.jsonl).
+    """
 
     version: int
     sampled: float
@@ -40,6 +44,8 @@ class Evaluation:
     prompts: int
     failures: int
     seconds: float
+    weights_digest: str = ""
+    prompts_digest: str = ""
 
     def metrics(self) -> dict[str, float]:
         """By documented metric name."""

@@ -2,12 +2,16 @@
 
 config.yaml      resolved                     metrics.jsonl  trace.json  summary.json  report.html
 journal.sqlite   what was sampled and trained checkpoints/   weights/    logs/<role>.log
+held_out.jsonl   the prompts of evaluations
 """
 
 import asyncio
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import orjson
 
 from rlorch.config import check_resumable, config_digest, dump_config, load_config
 from rlorch.errors import ResumeError, RlorchError, StorageError
@@ -19,6 +23,8 @@ from rlorch.observe.sinks import METRICS_FILE, Background, FanOut, JsonlSink, Te
 from rlorch.ports import MetricSink, Trainer
 from rlorch.recipes.sections import ObserveSpec
 from rlorch.specs import Spec
+from rlorch.types import Prompt
+from rlorch.weights.manifest import digest
 
 # What may differ between a run and its resumption: how long, how shown, how placed, not what is learned.
 FREE_TO_CHANGE = frozenset(
@@ -74,6 +80,16 @@ class RunDir:
     def model(self) -> Path:
         """The trained model, as a directory that transformers and vLLM load."""
         return self.path / "model"
+
+    def keep_held_out(self, prompts: Sequence[Prompt]) -> str:
+        """Write the exact prompts of every evaluation to held_out.jsonl; the file's xxh3-128. Raises `StorageError`."""
+        lines = [{"text": p.text, "tokens": p.tokens_T.tolist(), "row": dict(p.row)} for p in prompts]
+        content = b"".join(orjson.dumps(line) + b"\n" for line in lines)
+        try:
+            (self.path / "held_out.jsonl").write_bytes(content)
+        except OSError as error:
+            raise StorageError(f"{self.path}/held_out.jsonl cannot be written: {error}; make room") from error
+        return digest(content)
 
     async def export(self, trainer: Trainer) -> None:
         """Write the model directory, in place of an earlier one once it is whole. Raises `StorageError`."""

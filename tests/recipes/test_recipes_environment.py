@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from rlorch.errors import PluginError
-from rlorch.journal.recovery import iter_batches
+from rlorch.journal.recovery import iter_batches, read_state
 from rlorch.local import LocalRuntime
 from rlorch.recipes import rl
 from rlorch.rollout import EnvironmentSpec, load_environment
+from rlorch.weights.manifest import digest
 
 pytestmark = pytest.mark.engine
 
@@ -93,3 +94,19 @@ def test_a_run_that_nothing_scores_or_whose_episodes_do_not_fit_is_refused(small
     limits = {"plugin": str(environment), "limits": {"max_context_tokens": 65}}
     with pytest.raises(ValueError, match=r"max_context_tokens is 65, but sampler.max_model_len only 64"):
         config(small_config, environment, environment=limits)
+
+
+async def test_an_evaluation_names_its_weights_and_keeps_its_prompts(small_config, environment, tmp_path):
+    settings = config(small_config, environment, held_out={"num_prompts": 3})
+    runtime = LocalRuntime(rl.runtime_spec(settings))
+    try:
+        await rl.run(settings, runtime)
+    finally:
+        await runtime.stop()
+    run = tmp_path / "run"
+    kept = (run / "held_out.jsonl").read_bytes()
+    assert len(kept.splitlines()) == 3
+    events = read_state(run / "journal.sqlite").last_events
+    before, after = events["evaluation_before"].payload, events["evaluation_after"].payload
+    assert before["prompts_digest"] == after["prompts_digest"] == digest(kept)
+    assert before["weights_digest"] != after["weights_digest"] == events["checkpoint"].payload["digest"] != ""

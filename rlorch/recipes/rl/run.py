@@ -84,6 +84,8 @@ class RLRun:
         self.make_environment = load_environment(config.environment) if config.environment else None
         self.clock = time.perf_counter
         self._evaluating: asyncio.Task[None] | None = None
+        self._digests: dict[int, str] = {}
+        self._prompts_digest = run_dir.keep_held_out(self.prompts.held_out)
 
     async def run(self, stop: asyncio.Event) -> RunSummary:
         """From nothing, or from what the run directory holds, to the summary."""
@@ -246,6 +248,7 @@ class RLRun:
     async def _publish(self) -> Manifest:
         manifest = await self.roles.publisher.publish()
         self.board.published(manifest)
+        self._digests[manifest.version] = manifest.digest
         return manifest
 
     async def _serve(self) -> None:
@@ -293,6 +296,11 @@ class RLRun:
     async def _evaluate(self, kind: str) -> None:
         with self.tracer.span("coordinator", kind):
             evaluation = await self.evaluator.evaluate()
+        evaluation = replace(
+            evaluation,
+            weights_digest=self._digests.get(evaluation.version, ""),
+            prompts_digest=self._prompts_digest,
+        )
         self.board.evaluations.append(evaluation)
         self.sink.write(evaluation.version, evaluation.metrics())
         await self.journal.event(kind, asdict(evaluation))
@@ -301,7 +309,7 @@ class RLRun:
         with self.tracer.span("trainer", "checkpoint", step=version):
             saved = await self.checkpoints.save(self.roles.trainer, version)
         if saved:
-            await self.journal.event("checkpoint", {"version": version})
+            await self.journal.event("checkpoint", {"version": version, "digest": self._digests.get(version, "")})
 
     async def _watch(self, stop: asyncio.Event) -> None:
         await stop.wait()
