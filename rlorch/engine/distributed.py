@@ -254,8 +254,8 @@ def part_of(tensor: Tensor, group: Group) -> Part:
         return Part(shape, 0, rows if group.rank == 0 else 0, counts)
     if not all(placement.is_shard(0) for placement in tensor.placements):
         raise ModelError(
-            f"a tensor of shape {shape} is not sharded by rows: checkpoints of this model split or join its weights, "
-            "as for a mixture of experts, which several ranks cannot export; set trainer.ranks to 1"
+            f"a tensor of shape {shape} is not sharded by rows, so several ranks cannot export it: set trainer.ranks "
+            "to 1"
         )
     size, offset = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
     block = -(-rows // group.world)  # as torch.chunk cuts

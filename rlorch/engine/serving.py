@@ -6,7 +6,7 @@ renames while loading is undone. The bits are copies in host memory: training ma
 P elements of one tensor, K changed ones.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from rlorch.engine.distributed import Group, Part, local, part_of
+from rlorch.engine.distributed import SOLO, Group, Part, local, part_of, whole
 from rlorch.errors import ConfigError
 from rlorch.specs import Dtype
 from rlorch.weights.codec import TensorChange, changed_bits
@@ -35,22 +36,48 @@ def resolve_serve_dtype(name: Dtype) -> torch.dtype:
     return dtype
 
 
-def checkpoint_tensors(model: Any) -> dict[str, Tensor]:
+def checkpoint_tensors(model: Any, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
     """Live float tensors by checkpoint name, in the order of the model; a tied tensor once, under its source's name.
-    DTensors where the model is sharded."""
+
+    DTensors where the model is sharded. Weights whose layout in the checkpoint is another (the experts of a mixture,
+    one tensor in the model and one for each expert in the checkpoint) have no rows there: `gather` makes them whole, by
+    default as nothing but a shape (on the meta device).
+    """
     tied = set(model.all_tied_weights_keys)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     with torch.no_grad():
+        for name, tensor in state.items():
+            if isinstance(tensor, DTensor) and _is_converted(model, name, tensor):
+                state[name] = gather(tensor) if gather else _shape_of(tensor)
         reverted = revert_weight_conversion(model, state)
     return {name: tensor.detach() for name, tensor in reverted.items() if tensor.is_floating_point()}
 
 
-def serving_tensors(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+def _is_converted(model: Any, name: str, tensor: Tensor) -> bool:
+    """Whether a weight is more than renamed on its way to the checkpoint."""
+    found = revert_weight_conversion(model, {name: _shape_of(tensor)})
+    return [part.shape for part in found.values()] != [tensor.shape]
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def serving_tensors(model: Any, dtype: torch.dtype, group: Group = SOLO) -> dict[str, Tensor]:
     """Copies in the serve dtype, in host memory (pinned while a GPU fills them), by checkpoint name: this rank's rows
-    of sharded tensors (`rlorch.engine.distributed.part_of`)."""
+    of sharded tensors (`rlorch.engine.distributed.part_of`). A collective where there are several ranks; weights of
+    another layout in the checkpoint are gathered one by one, and rank 0 has them all."""
+
+    def gather(tensor: Tensor) -> Tensor:
+        found = whole(tensor.to(dtype))
+        return found.cpu() if group.rank == 0 else _shape_of(found)
+
     copies: dict[str, Tensor] = {}
-    for name, sharded in checkpoint_tensors(model).items():
+    for name, sharded in checkpoint_tensors(model, gather).items():
         tensor = local(sharded)
+        if tensor.is_meta:
+            copies[name] = torch.empty(0, dtype=dtype)
+            continue
         copy = torch.empty(tensor.shape, dtype=dtype, pin_memory=tensor.is_cuda)
         source = tensor.to(dtype) if tensor.is_cuda else tensor  # cast before the transfer, not after
         copies[name] = copy.copy_(source, non_blocking=True)
@@ -112,7 +139,7 @@ class Served:
 def served(model: Any, dtype: torch.dtype, group: Group) -> Served:
     """Copies of the weights as samplers get them. Raises `ModelError` for weights that are not sharded by rows."""
     parts = served_parts(model, group)
-    bits, dtypes = bit_views(serving_tensors(model, dtype))
+    bits, dtypes = bit_views(serving_tensors(model, dtype, group))
     return Served(bits, dtypes, parts, dtype, group)
 
 

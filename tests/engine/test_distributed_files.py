@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from ranks import fill_disk, load, on_ranks, publish, refused_load, run_ranks, save
+import torch
+from ranks import fill_disk, load, on_ranks, publish, refused_load, save
 from safetensors.torch import load_file
 from trainer_builders import tiny_model
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from rlorch.engine import files
-from rlorch.errors import ModelError
 from rlorch.weights.codec import apply_update, decode_update
 
 pytestmark = pytest.mark.engine
@@ -130,22 +130,43 @@ def test_missing_pieces_are_noticed(tmp_path):
     assert none.shape == (0, 3)
 
 
-def test_a_model_that_ranks_could_not_export_is_refused_at_the_start(model, tmp_path):
+@pytest.fixture(scope="module")
+def mixture(model, tmp_path_factory):
+    """A mixture of experts: one tensor for all experts of a layer in the model, one for each in the checkpoint."""
+    path = tmp_path_factory.mktemp("moe")
     config = Qwen3MoeConfig(
         vocab_size=128,
         hidden_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
         moe_intermediate_size=24,
-        num_experts=4,
+        num_experts=3,
         num_experts_per_tok=2,
         max_position_embeddings=64,
     )
-    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
-    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "moe")
-    for error in run_ranks(2, publish, tmp_path, str(tmp_path / "moe"), "bfloat16", str(tmp_path / "out")):
-        assert isinstance(error, ModelError)
-        assert "mixture of experts" in str(error)
-        assert "set trainer.ranks to 1" in str(error)
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).save_pretrained(path)
+    AutoTokenizer.from_pretrained(model).save_pretrained(path)
+    return str(path)
+
+
+def test_ranks_export_a_mixture_of_experts_as_one_process_would(mixture, tmp_path):
+    ((one, _),) = on_ranks(1, publish, tmp_path, mixture, "bfloat16", str(tmp_path / "one"))
+    (first, _), (second, _) = on_ranks(2, publish, tmp_path, mixture, "bfloat16", str(tmp_path / "two"))
+    for (manifest, payload, weights), (expected, one_payload, one_weights), (copy, nothing, _) in zip(
+        first, one, second, strict=True
+    ):
+        assert {entry.name for entry in manifest.tensors} == {entry.name for entry in expected.tensors}
+        assert any(".experts.2.down_proj.weight" in entry.name for entry in manifest.tensors)
+        assert (copy, nothing) == (manifest, b"")
+        for name, value in weights.items():
+            np.testing.assert_allclose(value, one_weights[name], atol=2e-5, rtol=0)
+        if same(weights, one_weights):
+            assert (manifest, payload) == (expected, one_payload)
+    assert first[0][0] == one[0][0], "before the first step the weights are equal"
+    written = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "two", dtype=torch.float32)
+    expected = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "one", dtype=torch.float32)
+    for (name, value), other in zip(written.state_dict().items(), expected.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, other, atol=2e-3, rtol=0, msg=name)
