@@ -42,6 +42,8 @@ FREE_TO_CHANGE = frozenset(
         "weights",
         "trainer.device",
         "trainer.threads",
+        "trainer.ranks",
+        "trainer.collective_timeout_s",
         "rewards.workers",
         "rewards.timeout_s",
         "rewards.memory_mb",
